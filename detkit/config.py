@@ -1,0 +1,425 @@
+"""Every setting of a run as frozen dataclasses, read from TOML; unknown keys name the nearest known one.
+
+Order of precedence, last wins: defaults, recipe, config file, command-line flags, ``--set key=value``.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from detkit.errors import ConfigError
+
+NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
+
+
+def _require(condition: bool, key: str, must: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: must be {must}, got {value!r}")
+
+
+def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise ConfigError(f"{key}: must be one of {', '.join(choices)}, got {value!r}{suggest(value, choices)}")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the known word nearest to ``word``, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network."""
+
+    detector: str = "frcnn-fpn"
+    """Name of a detector, as `detkit models` lists them."""
+    backbone: str = "resnet50"
+    """Name of a backbone, as `detkit models` lists them."""
+    norm: str = "frozen_bn"
+    """Normalisation of the backbone: frozen_bn, bn, sync_bn or gn."""
+    head_norm: str = "none"
+    """Normalisation of neck and heads: none, bn, sync_bn or gn."""
+    frozen_stages: int = 0
+    """Stages of the backbone whose weights stay fixed: 0 none, 1 the stem only (DetNet), 2 stem and conv2."""
+    neck_channels: int = 256
+    """Channels of every FPN level."""
+    scales: str = "off"
+    """Global scale learning (POD): off or learn."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.norm", self.norm, NORMS)
+        _one_of("model.head_norm", self.head_norm, ("none", "bn", "sync_bn", "gn"))
+        _one_of("model.scales", self.scales, ("off", "learn"))
+        _require(0 <= self.frozen_stages <= 6, "model.frozen_stages", "in 0..6", self.frozen_stages)
+        _require(self.neck_channels > 0, "model.neck_channels", "positive", self.neck_channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """Anchors of the region proposal network; strides come from the feature maps."""
+
+    sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    """Side in input pixels of the square anchor of each level, finest first."""
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height divided by width."""
+
+    def __post_init__(self) -> None:
+        _require(all(s > 0 for s in self.sizes) and self.sizes, "anchors.sizes", "positive numbers", self.sizes)
+        _require(all(r > 0 for r in self.ratios) and self.ratios, "anchors.ratios", "positive numbers", self.ratios)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpnConfig:
+    """Region proposal network: sampling, loss and proposals."""
+
+    channels: int = 0
+    """Channels of the 3x3 convolution; 0 takes the neck's."""
+    batch_per_image: int = 256
+    """Anchors sampled for the loss."""
+    positive_fraction: float = 0.5
+    """Largest share of positives among them."""
+    fg_iou: float = 0.7
+    """An anchor at or above this IoU with a truth box is positive."""
+    bg_iou: float = 0.3
+    """An anchor below this IoU with every truth box is negative."""
+    smooth_l1_beta: float = 1 / 9
+    """Where the box loss turns from square to linear."""
+    drop_straddling: bool = True
+    """Leave anchors that cross the image border out of the loss."""
+    pre_nms_train: int = 2000
+    """Best-scoring anchors kept before NMS when training, per level (or in all, if joint)."""
+    post_nms_train: int = 2000
+    """Proposals kept after NMS when training."""
+    pre_nms_test: int = 1000
+    """As pre_nms_train, when detecting."""
+    post_nms_test: int = 1000
+    """As post_nms_train, when detecting."""
+    nms_iou: float = 0.7
+    """NMS threshold of the proposals."""
+    joint: bool = False
+    """Rank and suppress all levels as one pool (12000/2000 and 6000/1000 in DetNet) and not per level."""
+    min_size: float = 0.0
+    """Smallest side in input pixels of a proposal."""
+
+    def __post_init__(self) -> None:
+        for name in ("positive_fraction", "fg_iou", "bg_iou", "nms_iou"):
+            _require(0 <= getattr(self, name) <= 1, f"rpn.{name}", "in 0..1", getattr(self, name))
+        _require(self.bg_iou <= self.fg_iou, "rpn.bg_iou", f"at most rpn.fg_iou={self.fg_iou}", self.bg_iou)
+        for name in ("batch_per_image", "pre_nms_train", "post_nms_train", "pre_nms_test", "post_nms_test"):
+            _require(getattr(self, name) > 0, f"rpn.{name}", "positive", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxConfig:
+    """Box head on RoIs: features, sampling, loss and final detections."""
+
+    resolution: int = 7
+    """Bins of RoIAlign per side."""
+    sampling_ratio: int = 2
+    """Samples per bin and axis; 0 adapts to the RoI's size."""
+    aligned: bool = True
+    """Half-pixel shift of RoIAlign."""
+    roi_max_level: int = 5
+    """Coarsest level RoIs are sent to (5 or 6)."""
+    canonical_size: float = 224.0
+    """Box side in pixels that goes to level 4; level k = floor(4 + log2(side / canonical_size))."""
+    channels: int = 1024
+    """Width of the two fully connected layers."""
+    batch_per_image: int = 512
+    """RoIs sampled for the loss."""
+    positive_fraction: float = 0.25
+    """Largest share of positives among them."""
+    fg_iou: float = 0.5
+    """A RoI at or above this IoU with a truth box takes its class."""
+    smooth_l1_beta: float = 1.0
+    """Where the box loss turns from square to linear."""
+    weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
+    """Scale of the regression targets dx, dy, dw, dh."""
+    class_agnostic: bool = False
+    """One box per RoI and not one per class."""
+    score_threshold: float = 0.05
+    """Detections at or below this score are dropped."""
+    nms_iou: float = 0.5
+    """Per-class NMS threshold of the detections."""
+    max_detections: int = 100
+    """Detections kept per image."""
+
+    def __post_init__(self) -> None:
+        _require(self.roi_max_level in (5, 6), "box.roi_max_level", "5 or 6", self.roi_max_level)
+        _require(len(self.weights) == 4, "box.weights", "four numbers", self.weights)
+        for name in ("positive_fraction", "fg_iou", "score_threshold", "nms_iou"):
+            _require(0 <= getattr(self, name) <= 1, f"box.{name}", "in 0..1", getattr(self, name))
+        for name in ("resolution", "channels", "batch_per_image", "max_detections"):
+            _require(getattr(self, name) > 0, f"box.{name}", "positive", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they reach the network."""
+
+    path: str = "synthetic"
+    """Folder or file of a data set in any layout detkit reads, or `synthetic`."""
+    split: str = "train"
+    """Split trained on (`detkit eval` takes its own, `val` by default)."""
+    val_split: str = "val"
+    """Split evaluated on while training."""
+    images: str = ""
+    """Image folder, where an annotation file stands alone."""
+    short_side: int = 800
+    """Detectors: the shorter side after resizing; classifiers: the side of the square crop."""
+    long_side: int = 1333
+    """Detectors: upper limit of the longer side."""
+    multi_scale: tuple[int, ...] = ()
+    """Shorter sides to draw from when training; empty for short_side alone."""
+    flip: float = 0.5
+    """Chance of a horizontal flip when training."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter when training."""
+    min_crop: float = 1.0
+    """Detectors: smallest share of each side kept by a random crop when training (1 turns it off);
+    classifiers: smallest share of the area kept."""
+    workers: int = 2
+    """Loader processes."""
+    on_bad_image: str = "skip"
+    """Unusable files: skip them and list them, or fail."""
+    max_pixels: int = 178_956_970
+    """Images with more pixels than this count as unusable (decompression bombs)."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """RGB mean subtracted from images in 0..1."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """RGB deviation images are divided by."""
+    pad_multiple: int = 32
+    """Batches are padded to a multiple of this many pixels."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.on_bad_image", self.on_bad_image, ("skip", "fail"))
+        _require(0 <= self.flip <= 1, "data.flip", "in 0..1", self.flip)
+        _require(0 < self.min_crop <= 1, "data.min_crop", "in (0, 1]", self.min_crop)
+        _require(len(self.mean) == len(self.std) == 3, "data.mean and data.std", "three numbers", self.mean)
+        _require(all(s > 0 for s in self.std), "data.std", "positive", self.std)
+        _require(self.long_side >= self.short_side > 0, "data.long_side", "at least data.short_side", self.long_side)
+        _require(all(s > 0 for s in self.multi_scale), "data.multi_scale", "positive", self.multi_scale)
+        _require(self.workers >= 0, "data.workers", "zero or more", self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how many at once, and in which precision. The schedule scales to steps, epochs or minutes."""
+
+    steps: int = 0
+    """Optimiser steps; at most one of steps, epochs and minutes is set."""
+    epochs: float = 0.0
+    """Passes over the training split."""
+    minutes: float = 0.0
+    """Wall minutes of the training loop."""
+    batch_size: int = 16
+    """Images per optimiser step over all processes."""
+    accumulate: int = 1
+    """Parts each process splits its share of the batch into."""
+    amp: str = "off"
+    """Mixed precision: off, bf16 or fp16; boxes and losses stay fp32."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights, per step; 0 turns it off."""
+    clip: float = 0.0
+    """Largest gradient norm; 0 turns clipping off."""
+    label_smoothing: float = 0.0
+    """Classifiers: share of the target spread over all classes."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    stall_seconds: float = 600.0
+    """Stop with exit 7 when no step has finished for this long."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between writes of last.pth."""
+
+    def __post_init__(self) -> None:
+        _one_of("train.amp", self.amp, ("off", "bf16", "fp16"))
+        given = [k for k in ("steps", "epochs", "minutes") if getattr(self, k)]
+        _require(len(given) <= 1, "train", "given one of steps, epochs and minutes", given)
+        for name in ("steps", "epochs", "minutes", "clip", "label_smoothing"):
+            _require(getattr(self, name) >= 0, f"train.{name}", "zero or more", getattr(self, name))
+        for name in ("batch_size", "accumulate", "log_every", "save_every", "stall_seconds"):
+            _require(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
+        _require(0 <= self.ema < 1, "train.ema", "in [0, 1)", self.ema)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: str = "sgd"
+    """sgd or adamw."""
+    lr: float = 0.02
+    """Learning rate for 16 images per step; the rate used is lr * batch_size / 16."""
+    momentum: float = 0.9
+    """Momentum of SGD, first beta of AdamW."""
+    nesterov: bool = False
+    """Nesterov momentum (SGD)."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    norm_decay: bool = True
+    """Decay norm weights and biases too."""
+    bias_lr_factor: float = 1.0
+    """Learning-rate factor of biases."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up, at most a tenth of the schedule."""
+    warmup_factor: float = 1 / 3
+    """Share of the learning rate at the first step."""
+    schedule: str = "step"
+    """step or cosine."""
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)
+    """Shares of the schedule after which the rate is multiplied by gamma (120k and 160k of 180k)."""
+    gamma: float = 0.1
+    """Factor at each milestone."""
+
+    def __post_init__(self) -> None:
+        _one_of("optim.name", self.name, ("sgd", "adamw"))
+        _one_of("optim.schedule", self.schedule, ("step", "cosine"))
+        for name in ("lr", "weight_decay", "warmup_steps"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", "zero or more", getattr(self, name))
+        _require(0 < self.warmup_factor <= 1, "optim.warmup_factor", "in (0, 1]", self.warmup_factor)
+        _require(all(0 < m < 1 for m in self.milestones), "optim.milestones", "shares in (0, 1)", self.milestones)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation while training."""
+
+    every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    metric: str = "AP"
+    """What `best.pth` is best at: AP, AP50, voc07, voc12 (detectors) or top1 (classifiers)."""
+    patience: int = 0
+    """Stop after this many evaluations without a better metric; 0 never stops early."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", "zero or more", self.every)
+        _require(self.patience >= 0, "eval.patience", "zero or more", self.patience)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that defines a run; stored resolved in the run folder and in each checkpoint."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    rpn: RpnConfig = field(default_factory=RpnConfig)
+    box: BoxConfig = field(default_factory=BoxConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def to_plain(config: Config) -> dict[str, dict[str, Any]]:
+    """Nested plain types (tuples become lists), as TOML and checkpoints store them."""
+    return {
+        section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        for section, values in dataclasses.asdict(config).items()
+    }
+
+
+def from_plain(plain: Mapping[str, Mapping[str, Any]], base: Config | None = None) -> Config:
+    """``base`` (or the defaults) with the values of ``plain``; raises ConfigError on unknown keys or wrong types."""
+    base = base or Config()
+    sections = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
+    for section, values in plain.items():
+        if section not in sections:
+            raise ConfigError(f"config: unknown table {section!r}{suggest(section, sections)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config: {section} must be a table of settings, got {values!r}")
+        current = sections[section]
+        sections[section] = _replace(section, current, values)
+    return Config(**sections)
+
+
+def _replace(section: str, current: Any, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(type(current))
+    for key in values:
+        if key not in hints:
+            known = [f"{section}.{k}" for k in hints]
+            raise ConfigError(f"config: unknown key {section}.{key}{suggest(f'{section}.{key}', known)}")
+    typed = {k: _typed(f"{section}.{k}", v, hints[k]) for k, v in values.items()}
+    schedule = ("steps", "epochs", "minutes")
+    if section == "train" and any(typed.get(k) for k in schedule):  # the last one given replaces an earlier layer's
+        typed = {**dict.fromkeys(schedule, 0), **typed}
+    return dataclasses.replace(current, **typed)
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as the annotated type; ints pass for floats, nothing else is converted."""
+    if isinstance(hint, types.GenericAlias):  # tuple[item, ...]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key}: must be a list, got {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_typed(key, v, item) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key}: must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def parse_override(text: str) -> dict[str, dict[str, Any]]:
+    """``{"optim": {"lr": 0.01}}`` from ``optim.lr=0.01``; the value is TOML, a bare word is a string."""
+    key, sign, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not sign or len(parts) != 2:
+        raise ConfigError(f"--set: must read table.key=value, got {text!r}; for example --set optim.lr=0.01")
+    try:
+        value = tomllib.loads(f"v = {raw.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    return {parts[0]: {parts[1]: value}}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file; raises ConfigError when it is missing or malformed."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: must be readable, got {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: must be valid TOML, got {error}") from error
+
+
+def recipes() -> dict[str, Path]:
+    """Name (``tiny/pretrain``) to file of every recipe that detkit ships."""
+    root = Path(str(resources.files("detkit"))) / "recipes"
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.toml"))}
+
+
+def recipe_path(name: str) -> Path:
+    """File of a recipe; raises ConfigError with the nearest name."""
+    known = recipes()
+    if name not in known:
+        raise ConfigError(f"--recipe: unknown recipe {name!r}{suggest(name, known)}; `detkit models` lists them")
+    return known[name]
+
+
+def resolve(layers: Iterable[Mapping[str, Mapping[str, Any]]], base: Config | None = None) -> Config:
+    """Apply layers of plain tables in order, last wins."""
+    config = base or Config()
+    for layer in layers:
+        config = from_plain(layer, config)
+    return config
+
+
+def write_toml(config: Config, path: str | Path) -> None:
+    """Write the resolved config beside the results."""
+    Path(path).write_text(tomli_w.dumps(to_plain(config)), encoding="utf-8")
