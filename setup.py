@@ -10,13 +10,13 @@ ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
 
 NO_TORCH = (
-    "detkit: torch must be importable while the extension is built, got none; install torch >= 2.11 "
-    "and pybind11 first, then run `pip install --no-build-isolation .` (an isolated build would "
+    "detkit: torch must be importable while the extension is built, got none; install torch >= "
+    "2.11 and pybind11 first, then run `pip install --no-build-isolation .` (an isolated build would "
     "fetch a second torch)"
 )
 BUILD_FAILED = (
-    "detkit: the compiled operators did not build, the compiler's message stands above; mend it, or "
-    "set DETKIT_SKIP_EXT=1 to install without them (the slower PyTorch reference then runs)"
+    "detkit: the compiled operators did not build, the compiler's message stands above; mend it, "
+    "or set DETKIT_SKIP_EXT=1 to install without them (the slower PyTorch reference then runs)"
 )
 # Contraction off: box and RoI geometry must round as the reference does on every instruction set.
 CXX_FLAGS = [

@@ -41,7 +41,7 @@ def _read_mode() -> str:
 
 
 def _load() -> dict[str, object]:
-    """Build information of the extension, empty where it was not built; raises where it is broken."""
+    """Build information of the extension, empty where it was not built; raises where broken."""
     if MODE == "reference":
         return {}
     try:

@@ -17,7 +17,7 @@ MAX_LOG_RATIO = math.log(1000 / 16)
 
 
 def area(boxes: Tensor) -> Tensor:
-    """Width times height of xyxy boxes (..., 4) -> (...); inverted boxes keep the sign of the product."""
+    """Width times height of xyxy boxes (..., 4) -> (...); inverted boxes keep the sign."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 

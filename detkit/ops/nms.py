@@ -29,7 +29,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """
     _check("nms", boxes, scores, iou_threshold)
     if use_native("nms", boxes):
-        return torch.ops.detkit.nms(boxes, scores, iou_threshold)
+        kept: Tensor = torch.ops.detkit.nms(boxes, scores, iou_threshold)
+        return kept
     return reference.nms(boxes, scores, iou_threshold)
 
 
@@ -59,7 +60,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     if idxs.is_floating_point() or idxs.is_complex() or idxs.dtype == torch.bool:
         raise ValueError(f"batched_nms: idxs must be integers, got {idxs.dtype}")
     if use_native("batched_nms", boxes):
-        return torch.ops.detkit.batched_nms(boxes, scores, idxs, iou_threshold)
+        kept: Tensor = torch.ops.detkit.batched_nms(boxes, scores, idxs, iou_threshold)
+        return kept
     return reference.batched_nms(boxes, scores, idxs, iou_threshold)
 
 
