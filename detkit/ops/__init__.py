@@ -1,0 +1,10 @@
+"""The operators: native kernels where they were built, the same in plain PyTorch elsewhere.
+
+:func:`backend` says which runs; ``DETKIT_OPS=auto|native|reference`` decides.
+"""
+
+from detkit.ops import boxes
+from detkit.ops._library import backend
+from detkit.ops.nms import batched_nms, nms
+
+__all__ = ["backend", "batched_nms", "boxes", "nms"]
