@@ -34,9 +34,13 @@ class AnchorGrid:
         ValueError: ``strides`` and ``sizes`` differ in length.
     """
 
-    def __init__(self, strides: Sequence[int], sizes: Sequence[Sequence[float]], ratios: Sequence[float]) -> None:
+    def __init__(
+        self, strides: Sequence[int], sizes: Sequence[Sequence[float]], ratios: Sequence[float]
+    ) -> None:
         if len(strides) != len(sizes):
-            raise ValueError(f"anchors: one list of sizes per level ({len(strides)}), got {len(sizes)}")
+            raise ValueError(
+                f"anchors: one list of sizes per level ({len(strides)}), got {len(sizes)}"
+            )
         self.strides = tuple(strides)
         self.cells = [cell_anchors(s, ratios) for s in sizes]
 
@@ -45,17 +49,24 @@ class AnchorGrid:
         """Anchors per cell of each level."""
         return [len(cell) for cell in self.cells]
 
-    def __call__(self, shapes: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> list[Tensor]:
+    def __call__(
+        self, shapes: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
+    ) -> list[Tensor]:
         """Anchors of each level as (H * W * per_cell, 4), row by row, the anchors of a cell side by side.
 
         Args:
             shapes: (H, W) of each level.
             device: Where to put them.
         """
-        return [self._level(*args, device) for args in zip(self.cells, self.strides, shapes, strict=True)]
+        return [
+            self._level(*args, device)
+            for args in zip(self.cells, self.strides, shapes, strict=True)
+        ]
 
     @staticmethod
-    def _level(cell: Tensor, stride: int, shape: tuple[int, int], device: torch.device | str) -> Tensor:
+    def _level(
+        cell: Tensor, stride: int, shape: tuple[int, int], device: torch.device | str
+    ) -> Tensor:
         y = torch.arange(shape[0], dtype=torch.float32, device=device) * stride
         x = torch.arange(shape[1], dtype=torch.float32, device=device) * stride
         y, x = torch.meshgrid(y, x, indexing="ij")

@@ -22,7 +22,9 @@ class TwoStageDetector(nn.Module):
         num_classes: Classes without background.
     """
 
-    def __init__(self, backbone: nn.Module, neck: nn.Module, rpn: RPN, head: nn.Module, num_classes: int) -> None:
+    def __init__(
+        self, backbone: nn.Module, neck: nn.Module, rpn: RPN, head: nn.Module, num_classes: int
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = neck
@@ -45,7 +47,9 @@ class TwoStageDetector(nn.Module):
         features = self.features(batch.images)
         output = self.rpn(features)
         config: RpnConfig = self.rpn.config
-        proposals = self.rpn.proposals(output, batch.sizes, config.pre_nms_train, config.post_nms_train)
+        proposals = self.rpn.proposals(
+            output, batch.sizes, config.pre_nms_train, config.post_nms_train
+        )
         losses = self.rpn.losses(output, batch.targets, batch.sizes)
         return losses | self.head.losses(features, proposals, batch.targets)
 
@@ -59,14 +63,18 @@ class TwoStageDetector(nn.Module):
         """
         features = self.features(images)
         config: RpnConfig = self.rpn.config
-        proposals = self.rpn.proposals(self.rpn(features), sizes, config.pre_nms_test, config.post_nms_test)
+        proposals = self.rpn.proposals(
+            self.rpn(features), sizes, config.pre_nms_test, config.post_nms_test
+        )
         return self.head.detect(features, proposals, sizes)
 
 
 def check_targets(batch: Batch, num_classes: int) -> None:
     """Refuse a batch that would only fail deep inside a loss: ValueError or DataError as :meth:`forward` says."""
     if len(batch.targets) != len(batch.images):
-        raise ValueError(f"batch: one target per image ({len(batch.images)}), got {len(batch.targets)}")
+        raise ValueError(
+            f"batch: one target per image ({len(batch.images)}), got {len(batch.targets)}"
+        )
     labels = torch.cat([t.labels for t in batch.targets])
     if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         raise DataError(

@@ -34,7 +34,9 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (N, C, H, W) with the stored statistics."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -64,10 +66,22 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
         """Normalise ``x`` (N, C, H, W) over N, H, W and the processes."""
         if x.is_cuda:
             return super().forward(x)
-        together = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        together = (
+            self.training
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        )
         if not together:
             return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self._step(), self.eps
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                self._step(),
+                self.eps,
             )
         return self._over_processes(x)
 
@@ -110,5 +124,7 @@ NORMS: dict[str, Norm] = {
 def norm_named(name: str) -> Norm:
     """The layer's maker for ``frozen_bn``, ``bn``, ``sync_bn``, ``gn`` or ``none``; raises ConfigError otherwise."""
     if name not in NORMS:
-        raise ConfigError(f"norm: must be one of {', '.join(NORMS)}, got {name!r}{suggest(name, NORMS)}")
+        raise ConfigError(
+            f"norm: must be one of {', '.join(NORMS)}, got {name!r}{suggest(name, NORMS)}"
+        )
     return NORMS[name]

@@ -33,7 +33,13 @@ class Matches:
 
 
 def match(
-    boxes: Tensor, target: Target, fg_iou: float, bg_iou: float, *, keep_best: bool = False, chunk: int = _CHUNK
+    boxes: Tensor,
+    target: Target,
+    fg_iou: float,
+    bg_iou: float,
+    *,
+    keep_best: bool = False,
+    chunk: int = _CHUNK,
 ) -> Matches:
     """Compare boxes with the truth of their image.
 
@@ -62,7 +68,9 @@ def match(
     return Matches(label, real[index] if len(real) else index)
 
 
-def _best_overlaps(boxes: Tensor, truth: Tensor, keep_best: bool, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _best_overlaps(
+    boxes: Tensor, truth: Tensor, keep_best: bool, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Best IoU (B,) and its truth (B,) of each box, and the boxes nearest to a truth box (M,), chunk by chunk."""
     best = boxes.new_zeros(len(boxes))
     index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)

@@ -39,7 +39,9 @@ def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -
     backbone = BACKBONES[_known("model.backbone", name, BACKBONES)](norm)
     last = len(backbone.feature_specs) + 1
     if frozen_stages > last:
-        raise ConfigError(f"model.frozen_stages: must be in 0..{last} for {name}, got {frozen_stages}")
+        raise ConfigError(
+            f"model.frozen_stages: must be in 0..{last} for {name}, got {frozen_stages}"
+        )
     return backbone.freeze(frozen_stages)
 
 
@@ -77,11 +79,21 @@ def frcnn_fpn(config: Config, num_classes: int) -> TwoStageDetector:
         raise ConfigError(
             f"anchors.sizes: must be one side for each of {', '.join(specs)}, got {list(config.anchors.sizes)}"
         )
-    grid = AnchorGrid([s.stride for s in specs.values()], [(s,) for s in config.anchors.sizes], config.anchors.ratios)
+    grid = AnchorGrid(
+        [s.stride for s in specs.values()],
+        [(s,) for s in config.anchors.sizes],
+        config.anchors.ratios,
+    )
     channels = config.rpn.channels or model.neck_channels
-    rpn = RPN(RpnHead(model.neck_channels, channels, grid.per_cell[0]), grid, list(specs), config.rpn)
+    rpn = RPN(
+        RpnHead(model.neck_channels, channels, grid.per_cell[0]), grid, list(specs), config.rpn
+    )
     predictor = BoxPredictor(
-        model.neck_channels * box.resolution**2, box.channels, num_classes, box.class_agnostic, model.head_norm
+        model.neck_channels * box.resolution**2,
+        box.channels,
+        num_classes,
+        box.class_agnostic,
+        model.head_norm,
     )
     head = BoxHead(RoiPooler(specs, box.roi_max_level, box), predictor, box)
     return TwoStageDetector(backbone, neck, rpn, head, num_classes)
@@ -93,5 +105,7 @@ DETECTORS: dict[str, Callable[[Config, int], TwoStageDetector]] = {"frcnn-fpn": 
 
 def _known(key: str, name: str, table: dict) -> str:
     if name not in table:
-        raise ConfigError(f"{key}: must be one of {', '.join(table)}, got {name!r}{suggest(name, table)}")
+        raise ConfigError(
+            f"{key}: must be one of {', '.join(table)}, got {name!r}{suggest(name, table)}"
+        )
     return name

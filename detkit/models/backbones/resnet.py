@@ -174,7 +174,14 @@ class ResNet(nn.Module):
                 project = i == 0 and (stage.project or step != 1 or channels != stage.channels)
                 layers.append(
                     block(
-                        channels, stage.width, stage.channels, step, stage.dilation, project, make_norm, stride_in_1x1
+                        channels,
+                        stage.width,
+                        stage.channels,
+                        step,
+                        stage.dilation,
+                        project,
+                        make_norm,
+                        stride_in_1x1,
                     )
                 )
                 channels = stage.channels
@@ -198,7 +205,9 @@ class ResNet(nn.Module):
     def freeze(self, stages: int) -> ResNet:
         """Fix weights and norm statistics of the first ``stages`` stages for good; returns self."""
         if not 0 <= stages <= len(self.feature_specs) + 1:
-            raise ValueError(f"freeze: stages must be in 0..{len(self.feature_specs) + 1}, got {stages}")
+            raise ValueError(
+                f"freeze: stages must be in 0..{len(self.feature_specs) + 1}, got {stages}"
+            )
         self.frozen_stages = stages
         for number in range(1, stages + 1):
             for module in self.stage(number):
@@ -224,7 +233,11 @@ class ResNet(nn.Module):
 
 
 def resnet(
-    blocks: Sequence[int], norm: str = "frozen_bn", *, stride_in_1x1: bool = False, dilated: bool = False
+    blocks: Sequence[int],
+    norm: str = "frozen_bn",
+    *,
+    stride_in_1x1: bool = False,
+    dilated: bool = False,
 ) -> ResNet:
     """ResNet of four bottleneck stages.
 

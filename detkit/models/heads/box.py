@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from detkit.config import BoxConfig
 from detkit.models import losses, targets
 from detkit.models.norm import norm_named
-from detkit.ops import batched_nms, roi_align
+from detkit.ops import batched_nms
 from detkit.ops import boxes as box_ops
+from detkit.ops.roi_align import roi_align
 from detkit.types import Detections, FeatureSpec, Target
 
 
@@ -60,7 +61,9 @@ class RoiPooler(nn.Module):
 class BoxPredictor(nn.Module):
     """Two fully connected layers of ``channels``, then K + 1 class logits and the deltas of one or K boxes."""
 
-    def __init__(self, cin: int, channels: int, num_classes: int, class_agnostic: bool, norm: str = "none") -> None:
+    def __init__(
+        self, cin: int, channels: int, num_classes: int, class_agnostic: bool, norm: str = "none"
+    ) -> None:
         super().__init__()
         make_norm = norm_named(norm)
         self.fc1 = nn.Linear(cin, channels)
@@ -99,7 +102,9 @@ class BoxHead(nn.Module):
         self.predictor = predictor
         self.config = config
 
-    def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Mapping[str, Tensor], boxes: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Logits and deltas of the boxes (R_i, 4) of each image, one image after the other."""
         return self.predictor(self.pooler(features, to_rois(boxes)))
 
@@ -122,21 +127,28 @@ class BoxHead(nn.Module):
         column = torch.zeros_like(positive) if deltas.shape[1] == 1 else labels[positive] - 1
         box_loss = losses.smooth_l1(deltas[positive, column], goal, self.config.smooth_l1_beta)
         count = max(1, len(labels))
-        return {"box_class": losses.cross_entropy(logits, labels) / count, "box_regression": box_loss / count}
+        return {
+            "box_class": losses.cross_entropy(logits, labels) / count,
+            "box_regression": box_loss / count,
+        }
 
     def _sample(self, proposals: Tensor, truth: Target) -> tuple[Tensor, Tensor, Tensor]:
         """Drawn boxes (S, 4), positives first, their labels (S,), and the positives' regression targets (P, 4)."""
         config = self.config
         boxes = torch.cat([proposals, truth.boxes[~truth.iscrowd]])
         matches = targets.match(boxes, truth, config.fg_iou, config.fg_iou)
-        positive, negative = targets.sample(matches.label, config.batch_per_image, config.positive_fraction)
+        positive, negative = targets.sample(
+            matches.label, config.batch_per_image, config.positive_fraction
+        )
         index = matches.index[positive]
         labels = torch.cat([truth.labels[index], torch.zeros_like(negative)])
         goal = box_ops.encode(truth.boxes[index], boxes[positive], config.weights)
         return boxes[torch.cat([positive, negative])], labels, goal
 
     @torch.no_grad()
-    def detect(self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], sizes: Tensor) -> list[Detections]:
+    def detect(
+        self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], sizes: Tensor
+    ) -> list[Detections]:
         """Detections of each image, best first, clipped to it.
 
         Args:

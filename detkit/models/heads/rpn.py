@@ -63,7 +63,9 @@ class RPN(nn.Module):
         config: Sampling, loss and proposal settings.
     """
 
-    def __init__(self, head: nn.Module, grid: AnchorGrid, levels: Sequence[str], config: RpnConfig) -> None:
+    def __init__(
+        self, head: nn.Module, grid: AnchorGrid, levels: Sequence[str], config: RpnConfig
+    ) -> None:
         super().__init__()
         self.head = head
         self.grid = grid
@@ -75,9 +77,16 @@ class RPN(nn.Module):
         maps = [features[name] for name in self.levels]
         logits, deltas = zip(*(self.head(x) for x in maps), strict=True)
         anchors = self.grid([(x.shape[2], x.shape[3]) for x in maps], maps[0].device)
-        return RpnOutput(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), [len(a) for a in anchors])
+        return RpnOutput(
+            torch.cat(logits, 1),
+            torch.cat(deltas, 1),
+            torch.cat(anchors),
+            [len(a) for a in anchors],
+        )
 
-    def losses(self, output: RpnOutput, truth: Sequence[Target], sizes: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, output: RpnOutput, truth: Sequence[Target], sizes: Tensor
+    ) -> dict[str, Tensor]:
         """Objectness and box losses over the sampled anchors of N images.
 
         Args:
@@ -86,7 +95,10 @@ class RPN(nn.Module):
             sizes: (N, 2) height and width before padding.
         """
         with torch.no_grad():
-            drawn = [self._sample(output.anchors, t, *s) for t, s in zip(truth, sizes.tolist(), strict=True)]
+            drawn = [
+                self._sample(output.anchors, t, *s)
+                for t, s in zip(truth, sizes.tolist(), strict=True)
+            ]
         total = len(output.anchors)
         positive = torch.cat([pos + i * total for i, (pos, _, _) in enumerate(drawn)])
         negative = torch.cat([neg + i * total for i, (_, neg, _) in enumerate(drawn)])
@@ -99,19 +111,27 @@ class RPN(nn.Module):
             "rpn_box": losses.smooth_l1(deltas, goal, self.config.smooth_l1_beta) / count,
         }
 
-    def _sample(self, anchors: Tensor, truth: Target, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(
+        self, anchors: Tensor, truth: Target, height: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Drawn positives (P,), negatives (M,) and the positives' regression targets (P, 4)."""
         config = self.config
         usable = torch.arange(len(anchors), device=anchors.device)
         if config.drop_straddling:
             usable = usable[targets.inside_image(anchors, height, width)]
-        matches = targets.match(anchors[usable], truth, config.fg_iou, config.bg_iou, keep_best=True)
-        positive, negative = targets.sample(matches.label, config.batch_per_image, config.positive_fraction)
+        matches = targets.match(
+            anchors[usable], truth, config.fg_iou, config.bg_iou, keep_best=True
+        )
+        positive, negative = targets.sample(
+            matches.label, config.batch_per_image, config.positive_fraction
+        )
         goal = box_ops.encode(truth.boxes[matches.index[positive]], anchors[usable[positive]])
         return usable[positive], usable[negative], goal
 
     @torch.no_grad()
-    def proposals(self, output: RpnOutput, sizes: Tensor, before_nms: int, after_nms: int) -> list[Tensor]:
+    def proposals(
+        self, output: RpnOutput, sizes: Tensor, before_nms: int, after_nms: int
+    ) -> list[Tensor]:
         """Best boxes (R, 4) of each image, clipped to it, best first.
 
         Args:

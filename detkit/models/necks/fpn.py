@@ -45,17 +45,27 @@ class FPN(nn.Module):
         ValueError: Strides do something else.
     """
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], channels: int = 256, norm: str = "none") -> None:
+    def __init__(
+        self, specs: Mapping[str, FeatureSpec], channels: int = 256, norm: str = "none"
+    ) -> None:
         super().__init__()
         make_norm = norm_named(norm)
         strides = [spec.stride for spec in specs.values()]
         if any(b not in (a, 2 * a) for a, b in zip(strides, strides[1:], strict=False)):
-            raise ValueError(f"FPN: each stride must equal the one before or double it, got {strides}")
+            raise ValueError(
+                f"FPN: each stride must equal the one before or double it, got {strides}"
+            )
         self.names = {name: "p" + name.removeprefix("c") for name in specs}
         self.strides = dict(zip(specs, strides, strict=True))
-        self.lateral = nn.ModuleDict({p: ConvNorm(specs[c].channels, channels, 1, make_norm) for c, p in self.names.items()})
-        self.output = nn.ModuleDict({p: ConvNorm(channels, channels, 3, make_norm) for p in self.names.values()})
-        self.feature_specs = {p: FeatureSpec(channels, specs[c].stride) for c, p in self.names.items()}
+        self.lateral = nn.ModuleDict(
+            {p: ConvNorm(specs[c].channels, channels, 1, make_norm) for c, p in self.names.items()}
+        )
+        self.output = nn.ModuleDict(
+            {p: ConvNorm(channels, channels, 3, make_norm) for p in self.names.values()}
+        )
+        self.feature_specs = {
+            p: FeatureSpec(channels, specs[c].stride) for c, p in self.names.items()
+        }
         self.subsample_p5 = "c6" not in specs
         if self.subsample_p5:
             self.feature_specs["p6"] = FeatureSpec(channels, 2 * strides[-1])
@@ -76,7 +86,9 @@ class FPN(nn.Module):
             level = self.lateral[self.names[name]](maps[name])
             if above is not None:
                 same = self.strides[name] == stride
-                level = level + (above if same else F.interpolate(above, size=level.shape[-2:], mode="nearest"))
+                level = level + (
+                    above if same else F.interpolate(above, size=level.shape[-2:], mode="nearest")
+                )
             merged[self.names[name]] = above = level
             stride = self.strides[name]
         return merged
