@@ -6,5 +6,7 @@
 from detkit.ops import boxes
 from detkit.ops._library import backend
 from detkit.ops.nms import batched_nms, nms
+from detkit.ops.ps_roi_align import ps_roi_align
+from detkit.ops.roi_align import roi_align
 
-__all__ = ["backend", "batched_nms", "boxes", "nms"]
+__all__ = ["backend", "batched_nms", "boxes", "nms", "ps_roi_align", "roi_align"]
