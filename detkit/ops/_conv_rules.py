@@ -1,4 +1,6 @@
-"""What the three convolutions share: argument checks and the dispatcher's layout, autocast and backward rules."""
+"""What the three convolutions share: argument checks and the dispatcher's layout, autocast and
+backward rules.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ IntPair = int | Sequence[int]
 
 
 def require(condition: bool, what: str, must: str, got: object) -> None:
-    """Raise ValueError with the message ``<what>: <must hold>, got <value>`` unless ``condition``."""
+    """Raise ValueError ``<what>: <must hold>, got <value>`` unless ``condition``."""
     if not condition:
         raise ValueError(f"{what}: {must}, got {got}")
 
@@ -30,7 +32,9 @@ def pair(op: str, name: str, value: IntPair, least: int) -> list[int]:
 def check_tensors(
     op: str, input: Tensor, weights: Sequence[Tensor], bias: Tensor | None, outputs: int
 ) -> None:
-    """Check rank, floating dtype and device of one convolution's tensors; it has ``outputs`` channels."""
+    """Check rank, floating dtype and device of one convolution's tensors; it has ``outputs``
+    channels.
+    """
     require(input.dim() == 4, op, "input must be (N, C, H, W)", f"shape {tuple(input.shape)}")
     require(input.is_floating_point(), op, "input must be floating point", input.dtype)
     mixed = torch.is_autocast_enabled(input.device.type)  # autocast makes the dtypes equal later
@@ -41,7 +45,9 @@ def check_tensors(
         if tensor is None:
             continue
         name = "bias" if tensor is bias else "weight"
-        require(tensor.device == input.device, op, f"{name} must be on {input.device}", tensor.device)
+        require(
+            tensor.device == input.device, op, f"{name} must be on {input.device}", tensor.device
+        )
         same = tensor.dtype == input.dtype or (mixed and tensor.is_floating_point())
         require(same, op, f"{name} must be {input.dtype} like the input", tensor.dtype)
     if bias is not None:
@@ -52,13 +58,20 @@ def check_groups(op: str, channels: int, weight: Tensor, groups: int) -> None:
     """Check that ``channels`` inputs and the weight's outputs divide into ``groups``."""
     require(groups >= 1, op, "groups must be at least 1", groups)
     wanted = weight.shape[1] * groups
-    require(channels == wanted, op, f"input channels must be groups * weight.shape[1] = {wanted}", channels)
+    require(
+        channels == wanted,
+        op,
+        f"input channels must be groups * weight.shape[1] = {wanted}",
+        channels,
+    )
     outputs = weight.shape[0]
-    require(outputs % groups == 0, op, f"output channels must be a multiple of groups={groups}", outputs)
+    require(
+        outputs % groups == 0, op, f"output channels must be a multiple of groups={groups}", outputs
+    )
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
-    """Layout of an output: channels_last where the input is that and nothing else, else contiguous."""
+    """Layout of an output: channels_last if the input is just that, else contiguous."""
     if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
@@ -80,7 +93,9 @@ def empty_grad(tensor: Tensor, needed: bool, format: torch.memory_format) -> Ten
 
 
 def save_input(ctx: Any, input: Tensor, needed: bool, *others: Tensor) -> None:
-    """Save ``others`` for backward, and ``input`` if its values are ``needed``, else its shape and layout."""
+    """Save ``others`` for backward, and ``input`` if its values are ``needed``, else its shape and
+    layout.
+    """
     ctx.save_for_backward(*((input,) if needed else ()), *others)
     ctx.input_saved = needed
     ctx.input_shape, ctx.input_format = input.shape, memory_format(input)
@@ -109,10 +124,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def register_autocast(
     library: torch.library.Library, name: str, apply: Callable[..., Tensor], casts: Sequence[int]
 ) -> None:
-    """Give ``detkit::name`` the rule that its arguments at positions ``casts`` take the autocast dtype.
+    """Give ``detkit::name`` the rule that its arguments at positions ``casts`` take the autocast
+    dtype.
 
-    ``torch.library.register_autocast`` casts every tensor (scales must stay float32), and to a dtype that is fixed
-    at registration.
+    ``torch.library.register_autocast`` casts every tensor (scales must stay float32), and to a
+    dtype that is fixed at registration.
     """
 
     def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""Convolution at an integer dilation, the same call and meaning as ``torch.nn.functional.conv2d``."""
+"""Convolution at an integer dilation, the same call as ``torch.nn.functional.conv2d``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def dilated_conv2d(
         groups: Groups of input channels, each seen by its own share of the outputs.
 
     Returns:
-        (N, O, Ho, Wo), channels_last if the input is; Ho = (H + 2 padding - dilation (kh - 1) - 1) // stride + 1.
+        (N, O, Ho, Wo), channels_last if the input is; Ho = (H + 2 padding - dilation (kh - 1) - 1)
+        // stride + 1.
 
     Raises:
         ValueError: On shapes, dtypes, devices or numbers that do not fit.
@@ -58,7 +59,9 @@ def dilated_conv2d(
     for axis, name in enumerate(("height", "width")):
         size = input.shape[2 + axis] + 2 * paddings[axis]
         span = dilations[axis] * (weight.shape[2 + axis] - 1) + 1
-        rules.require(size >= span, _OP, f"padded {name} must be at least the kernel's span {span}", size)
+        rules.require(
+            size >= span, _OP, f"padded {name} must be at least the kernel's span {span}", size
+        )
     if use_native(_OP, input):
         output: Tensor = torch.ops.detkit.dilated_conv2d(
             input, weight, bias, strides, paddings, dilations, groups
@@ -70,7 +73,9 @@ def dilated_conv2d(
 def _named_padding(
     input: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
-    """The input, padded at right and bottom where ``"same"`` needs an odd total, and what is left to pad."""
+    """The input, padded at right and bottom where ``"same"`` needs an odd total, and what is left
+    to pad.
+    """
     known = padding in ("same", "valid")
     rules.require(known, _OP, "padding must be numbers, 'same' or 'valid'", repr(padding))
     if padding == "valid":
@@ -92,7 +97,9 @@ def _fake(
     groups: int,
 ) -> Tensor:
     size = [
-        (input.shape[a + 2] + 2 * padding[a] - dilation[a] * (weight.shape[a + 2] - 1) - 1) // stride[a] + 1
+        (input.shape[a + 2] + 2 * padding[a] - dilation[a] * (weight.shape[a + 2] - 1) - 1)
+        // stride[a]
+        + 1
         for a in (0, 1)
     ]
     return rules.empty_output(input, weight.shape[0], size)

@@ -1,4 +1,6 @@
-"""Convolution at one real-valued, learnable dilation per sample (POD, Peng et al., ICCV 2019, section 3.1)."""
+"""Convolution at one real-valued, learnable dilation per sample (POD, Peng et al., ICCV 2019,
+section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,21 @@ def scaled_conv2d(
     stride: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolve each sample with taps ``scales`` pixels apart, sampled bilinearly; zeros lie outside the map.
+    """Convolve each sample with taps ``scales`` pixels apart, sampled bilinearly; zeros lie outside
+    the map.
 
-    The kernel is anchored at its centre: output (p, q) reads around input (p * stride, q * stride), so the size of the
-    output does not depend on the scales. At whole numbers d it equals ``F.conv2d(dilation=d, padding=d * (k // 2))``.
-    Gradients reach the scales; where ``|tap| * scale`` is whole they are the derivative towards larger scales. Under
-    autocast input and weight take the autocast dtype, scales stay float32 and sums are float32.
+    The kernel is anchored at its centre: output (p, q) reads around input (p * stride, q * stride),
+    so the size of the output does not depend on the scales. At whole numbers d it equals
+    ``F.conv2d(dilation=d, padding=d * (k // 2))``. Gradients reach the scales; where ``|tap| *
+    scale`` is whole they are the derivative towards larger scales. Under autocast input and weight
+    take the autocast dtype, scales stay float32 and sums are float32.
 
     Args:
         input: (N, C, H, W).
         weight: (O, C/groups, kh, kw) of the input's dtype, kh and kw odd.
-        scales: (N, 2), or (1, 2) or (2,) for all samples, as (d_h, d_w) in pixels; float32, float64 for a float64
-            input. Any finite number: 0 lets the taps fall together, negative ones mirror the kernel.
+        scales: (N, 2), or (1, 2) or (2,) for all samples, as (d_h, d_w) in pixels; float32, float64
+            for a float64 input. Any finite number: 0 lets the taps fall together, negative ones
+            mirror the kernel.
         bias: (O,) or None.
         stride: Pixels between outputs, an int or (h, w).
         groups: Groups of input channels, each seen by its own share of the outputs.
@@ -43,8 +48,8 @@ def scaled_conv2d(
         (N, O, (H - 1) // stride + 1, (W - 1) // stride + 1), channels_last if the input is.
 
     Raises:
-        ValueError: On shapes, dtypes, devices or numbers that do not fit; on a non-finite scale on the CPU (on CUDA,
-            where looking would stall the device, its sample becomes NaN).
+        ValueError: On shapes, dtypes, devices or numbers that do not fit; on a non-finite scale on
+            the CPU (on CUDA, where looking would stall the device, its sample becomes NaN).
     """
     rules.check_tensors(_OP, input, [weight], bias, weight.shape[0])
     rules.check_groups(_OP, input.shape[1], weight, groups)
@@ -56,7 +61,9 @@ def scaled_conv2d(
     if input.device.type == "cpu":
         _require_finite(scales, native)
     if native:
-        output: Tensor = torch.ops.detkit.scaled_conv2d(input, weight, scales, bias, strides, groups)
+        output: Tensor = torch.ops.detkit.scaled_conv2d(
+            input, weight, scales, bias, strides, groups
+        )
         return output
     return reference.scaled_conv2d(input, weight, scales, bias, strides, groups)
 
@@ -65,8 +72,15 @@ def _per_sample(input: Tensor, scales: Tensor) -> Tensor:
     """Scales (N, 2), checked."""
     wide = input.dtype == torch.float64
     wanted = torch.float64 if wide else torch.float32
-    rules.require(scales.dtype == wanted, _OP, f"scales must be {wanted} for a {input.dtype} input", scales.dtype)
-    rules.require(scales.device == input.device, _OP, f"scales must be on {input.device}", scales.device)
+    rules.require(
+        scales.dtype == wanted,
+        _OP,
+        f"scales must be {wanted} for a {input.dtype} input",
+        scales.dtype,
+    )
+    rules.require(
+        scales.device == input.device, _OP, f"scales must be on {input.device}", scales.device
+    )
     samples = input.shape[0]
     ok = scales.dim() in (1, 2) and scales.shape[-1] == 2
     ok = ok and (scales.dim() == 1 or scales.shape[0] == 1 or scales.shape[0] == samples)
@@ -75,7 +89,9 @@ def _per_sample(input: Tensor, scales: Tensor) -> Tensor:
 
 
 def _require_finite(scales: Tensor, native: bool) -> None:
-    """Refuse NaN and infinite scales on the CPU; the native kernel does so itself while a graph is traced."""
+    """Refuse NaN and infinite scales on the CPU; the native kernel does so itself while a graph is
+    traced.
+    """
     message = f"{_OP}: scales must be finite"
     if not torch.compiler.is_compiling():
         rules.require(bool(scales.isfinite().all()), _OP, "scales must be finite", scales.tolist())

@@ -1,4 +1,5 @@
-"""Convolutions with different dilations on disjoint output channels, the fast-deployment layer of POD.
+"""Convolutions with different dilations on disjoint output channels, the fast-deployment layer of
+POD.
 
 Peng et al., ICCV 2019, section 3.2. All parts write into one output, nothing is concatenated.
 """
@@ -26,14 +27,17 @@ def split_conv2d(
     stride: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolve ``input`` with each part at its own dilation; the outputs share one tensor, in the parts' order.
+    """Convolve ``input`` with each part at its own dilation; the outputs share one tensor, in the
+    parts' order.
 
-    Each part pads with dilation * (k // 2) zeros, so all parts have the same size. With groups, output channel o belongs
-    to group o // (sum(O_i) / groups) as in the undivided convolution; each part covers whole groups and reads their inputs.
+    Each part pads with dilation * (k // 2) zeros, so all parts have the same size. With groups,
+    output channel o belongs to group o // (sum(O_i) / groups) as in the undivided convolution; each
+    part covers whole groups and reads their inputs.
 
     Args:
         input: (N, C, H, W).
-        weights: Parts (O_i, C/groups, kh, kw) of the input's dtype, kh and kw odd, 1 where the dilation is 0.
+        weights: Parts (O_i, C/groups, kh, kw) of the input's dtype, kh and kw odd, 1 where the
+            dilation is 0.
         bias: (sum(O_i),) or None.
         dilations: (d_h, d_w) of each part in pixels.
         stride: Pixels between outputs, an int or (h, w).
@@ -52,35 +56,56 @@ def split_conv2d(
     flat = _flat_dilations(weights, dilations)
     strides = rules.pair(_OP, "stride", stride, 1)
     if use_native(_OP, input):
-        output: Tensor = torch.ops.detkit.split_conv2d(input, list(weights), bias, flat, strides, groups)
+        output: Tensor = torch.ops.detkit.split_conv2d(
+            input, list(weights), bias, flat, strides, groups
+        )
         return output
     return reference.split_conv2d(input, weights, bias, flat, strides, groups)
 
 
 def _check_parts(input: Tensor, weights: Sequence[Tensor], outputs: int, groups: int) -> None:
     rules.require(groups >= 1, _OP, "groups must be at least 1", groups)
-    rules.require(outputs % groups == 0, _OP, f"output channels must be a multiple of groups={groups}", outputs)
+    rules.require(
+        outputs % groups == 0,
+        _OP,
+        f"output channels must be a multiple of groups={groups}",
+        outputs,
+    )
     per_group = outputs // groups
     for part, weight in enumerate(weights):
         name = f"{_OP}: part {part}"
         wanted = weight.shape[1] * groups
         channels = input.shape[1]
-        rules.require(channels == wanted, name, f"input channels must be groups * weight.shape[1] = {wanted}", channels)
+        rules.require(
+            channels == wanted,
+            name,
+            f"input channels must be groups * weight.shape[1] = {wanted}",
+            channels,
+        )
         whole = weight.shape[0] > 0 and weight.shape[0] % per_group == 0
-        rules.require(whole, name, f"output channels must be whole groups of {per_group}", weight.shape[0])
+        rules.require(
+            whole, name, f"output channels must be whole groups of {per_group}", weight.shape[0]
+        )
 
 
 def _flat_dilations(weights: Sequence[Tensor], dilations: Sequence[tuple[int, int]]) -> list[int]:
     """``[h, w, h, w, ...]``, checked against the kernels."""
     count = f"{len(dilations)} for {len(weights)} parts"
-    rules.require(len(dilations) == len(weights), _OP, "dilations must have one (h, w) per part", count)
+    rules.require(
+        len(dilations) == len(weights), _OP, "dilations must have one (h, w) per part", count
+    )
     flat: list[int] = []
     for part, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
         both = rules.pair(f"{_OP}: part {part}", "dilation", dilation, 0)
         kernel = tuple(weight.shape[2:])
         for k, d in zip(kernel, both, strict=True):
             fits = k % 2 == 1 and (k == 1 or d > 0)
-            rules.require(fits, f"{_OP}: part {part}", "kernel sides must be odd, 1 where the dilation is 0", kernel)
+            rules.require(
+                fits,
+                f"{_OP}: part {part}",
+                "kernel sides must be odd, 1 where the dilation is 0",
+                kernel,
+            )
         flat += both
     return flat
 

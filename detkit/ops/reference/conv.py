@@ -1,8 +1,9 @@
 """Reference of the dilated, split and scaled convolutions, plain PyTorch on any device.
 
-``scaled_conv2d`` is the convolution of POD (Peng et al., ICCV 2019, section 3.1) whose taps lie at real-valued distances
-from the output's centre: tap ``i`` samples at ``i * d``. The distance ``|i| * d`` is split into ``floor`` and fraction, so
-that at integers every tap takes the derivative towards the larger dilation, on both sides of the centre alike.
+``scaled_conv2d`` is the convolution of POD (Peng et al., ICCV 2019, section 3.1) whose taps lie at
+real-valued distances from the output's centre: tap ``i`` samples at ``i * d``. The distance ``|i| *
+d`` is split into ``floor`` and fraction, so that at integers every tap takes the derivative towards
+the larger dilation, on both sides of the centre alike.
 """
 
 from __future__ import annotations
@@ -47,13 +48,20 @@ def split_conv2d(
         part_groups = weight.shape[0] // per_group
         used = input.narrow(1, inputs, part_groups * weight.shape[1])
         part_bias = None if bias is None else bias.narrow(0, outputs, weight.shape[0])
-        parts.append(F.conv2d(used, weight, part_bias, list(stride), padding, dilation, part_groups))
+        parts.append(
+            F.conv2d(used, weight, part_bias, list(stride), padding, dilation, part_groups)
+        )
         outputs, inputs = outputs + weight.shape[0], inputs + used.shape[1]
     return torch.cat(parts, 1)
 
 
 def scaled_conv2d(
-    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, stride: Sequence[int], groups: int
+    input: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    groups: int,
 ) -> Tensor:
     """Convolution at one real-valued dilation (d_h, d_w) per sample; scales is (N, 2)."""
     dtype = autocast_dtype(input) or input.dtype
@@ -66,7 +74,9 @@ def scaled_conv2d(
         for i in range(w.shape[2]):
             rows = _sample(x, 2, i - centre, scales[:, 0], size[0], stride[0])  # (N, C, Ho, W)
             for j in range(w.shape[3]):
-                taps = _sample(rows, 3, j - centre, scales[:, 1], size[1], stride[1])  # (N, C, Ho, Wo)
+                taps = _sample(
+                    rows, 3, j - centre, scales[:, 1], size[1], stride[1]
+                )  # (N, C, Ho, Wo)
                 y = y + F.conv2d(taps, w[:, :, i : i + 1, j : j + 1], groups=groups)
         if bias is not None:
             y = y + bias.to(dtype).to(compute).view(-1, 1, 1)
@@ -74,12 +84,16 @@ def scaled_conv2d(
 
 
 def _sample(x: Tensor, dim: int, tap: int, scale: Tensor, size: int, stride: int) -> Tensor:
-    """``x`` along ``dim`` at ``p * stride + tap * scale``, p < size; zero outside, one scale per sample."""
+    """``x`` along ``dim`` at ``p * stride + tap * scale``, p < size; zero outside, one scale per
+    sample.
+    """
     length, sign = x.shape[dim], (tap > 0) - (tap < 0)
     distance = abs(tap) * scale  # (N,); NaN for a non-finite scale and tap 0 too
     whole = distance.detach().floor()
     fraction = (distance - whole).view(-1, 1, 1, 1)
-    near = whole.nan_to_num(0.0).clamp(-length - 1, length).long()  # further away lies nothing but zeros
+    near = (
+        whole.nan_to_num(0.0).clamp(-length - 1, length).long()
+    )  # further away lies nothing but zeros
     corners = [_shifted(x, dim, sign * (near + step), size, stride) for step in (0, 1)]
     y: Tensor = _Lerp.apply(corners[0], corners[1], fraction)
     return y
@@ -96,7 +110,9 @@ def _shifted(x: Tensor, dim: int, offset: Tensor, size: int, stride: int) -> Ten
 
 
 class _Lerp(torch.autograd.Function):
-    """``(1 - f) a + f b``; f = 0 takes ``a`` alone (a NaN in ``b`` stays there) but keeps the derivative ``b - a``."""
+    """``(1 - f) a + f b``; f = 0 takes ``a`` alone (a NaN in ``b`` stays there) but keeps the
+    derivative ``b - a``.
+    """
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, f: Tensor) -> Tensor:
@@ -107,6 +123,10 @@ class _Lerp(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, b, f = ctx.saved_tensors
-        return (1 - f) * grad, torch.where(f == 0, 0, f * grad), (grad * (b - a)).sum((1, 2, 3), keepdim=True)
+        return (
+            (1 - f) * grad,
+            torch.where(f == 0, 0, f * grad),
+            (grad * (b - a)).sum((1, 2, 3), keepdim=True),
+        )
