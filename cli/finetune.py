@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from detkit.cli.options import Common, common_options
@@ -22,7 +24,7 @@ DEFAULT_RECIPE = "tiny/frcnn-fpn"
     "--detector", "--backbone", "--data", "--split", "--images", "--on-bad-image", "--workers", "--steps",
     "--epochs", "--minutes", "--batch-size",
 )  # fmt: skip
-def command(common: Common, **options: object) -> None:
+def command(common: Common, **options: Any) -> int:
     """Train a detector on a COCO, VOC or YOLO set, or on synthetic shapes.
 
     Without arguments it starts from the newest pretrain run and the synthetic set.
@@ -34,4 +36,4 @@ def command(common: Common, **options: object) -> None:
       detkit finetune --data cells --detector frcnn-fpn --backbone detnet59 --init-from backbone.pth
       detkit finetune --data cells --resume auto
     """
-    run_training("finetune", common, DEFAULT_RECIPE, **options)
+    return run_training("finetune", common, DEFAULT_RECIPE, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from detkit.cli.options import Common, common_options
@@ -16,7 +18,7 @@ DEFAULT_RECIPE = "tiny/pretrain"
     "--backbone", "--data", "--split", "--on-bad-image", "--workers", "--steps", "--epochs", "--minutes",
     "--batch-size",
 )  # fmt: skip
-def command(common: Common, **options: object) -> None:
+def command(common: Common, **options: Any) -> int:
     """Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).
 
     \b
@@ -25,4 +27,4 @@ def command(common: Common, **options: object) -> None:
       detkit pretrain --data digits --recipe tiny/pretrain
       detkit pretrain --data digits --backbone detnet59-tiny --epochs 30 --json
     """
-    run_training("pretrain", common, DEFAULT_RECIPE, **options)
+    return run_training("pretrain", common, DEFAULT_RECIPE, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def run_training(
     gpus: int | None,
     init_from: str | None = None,
     allow_partial: bool = False,
-) -> None:
-    """Resolve the settings, train, and show where the results are."""
+) -> int:
+    """Resolve the settings, train, and show where the results are; returns the exit code."""
     from detkit import api  # loads torch, which --help must not
 
     chosen = common.recipe or common.config_file or init_from
@@ -49,13 +50,13 @@ def run_training(
     _check_data(config, common)
     if common.dry_run:
         show_plan(common, config, api.training_plan(kind, config))
-        return
-    if gpus and gpus > 1 and not api.in_process_group():
-        api.launch_processes(gpus)
-        return
+        return 0
+    if gpus and gpus > 1 and "LOCAL_RANK" not in os.environ:
+        return api.launch_processes(gpus)
     result = _train(kind, common, config, resume, init_from, allow_partial)
-    if result is not None:  # only the first process of a group reports
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one reports
         emit(common, result, lambda: _show(result))
+    return 0
 
 
 def _check_data(config: configs.Config, common: Common) -> None:
@@ -72,7 +73,7 @@ def _train(
     resume: str | None,
     init_from: str | None,
     allow_partial: bool,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     from detkit import api
     from detkit.cli.progress import TrainProgress
 

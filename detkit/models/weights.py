@@ -109,7 +109,7 @@ def _copy_rows(
     ours: CategoryMap,
     kept: tuple[str, ...],
 ) -> None:
-    if not kept or rows == 0:
+    if not kept:
         return
     target[:head] = source[:head]
     for name in kept:
