@@ -1,0 +1,127 @@
+"""COCO results: a list of {"image_id", "category_id", "bbox" [x, y, width, height], "score", "segmentation"?}.
+
+Refused, with the row: missing keys, wrong types, unknown image or category ids, a score that is not finite, a mask that
+does not fit its image. Kept and counted: a box that is not finite or has a negative side becomes a box of size 0, a false
+positive that overlaps nothing (pycocotools lets a NaN box match whatever truth comes first).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detkit.engine import rle
+from detkit.errors import DataError
+
+Record = dict[str, Any]
+
+
+def read_results(path: str | Path, truth: Record) -> list[Record]:
+    """The detections of a COCO results file, checked against ``truth``.
+
+    Args:
+        path: a JSON list of detections; boxes are [x, y, width, height] in pixels of the original images.
+        truth: COCO ground truth whose image and category ids the detections use.
+
+    Raises:
+        DataError: the file cannot be read, is not such a list, or a row is unusable (the message names it).
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: must be a readable results file, got {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: must be valid JSON, got {error}") from error
+    normalise_results(rows, truth, source=str(path))
+    return rows  # type: ignore[no-any-return]  # checked just above
+
+
+def normalise_results(
+    results: Sequence[Record], truth: Record, *, source: str = "results"
+) -> tuple[list[Record], list[str]]:
+    """Copies of the detections that satisfy the rules of this file, and one line per rule that was applied.
+
+    Args:
+        results: detections in COCO's results format.
+        truth: COCO ground truth whose image and category ids the detections use.
+        source: name used in messages.
+
+    Raises:
+        DataError: a row is unusable; the message names it.
+    """
+    if not isinstance(results, list | tuple):
+        kind = "an object" if isinstance(results, dict) else type(results).__name__
+        raise DataError(f"{source}: must be a list of detections, got {kind}")
+    images = {image["id"]: image for image in truth["images"]}
+    categories = {category["id"] for category in truth["categories"]}
+    bad: list[int] = []
+    clean = []
+    for row, result in enumerate(results):
+        _check_row(f"{source}: row {row}", result, images, categories)
+        if "bbox" in result and not _is_box(result["bbox"]):
+            bad.append(row)
+            result = {**result, "bbox": [0.0, 0.0, 0.0, 0.0]}
+        clean.append(dict(result))
+    shown = ", ".join(str(r) for r in bad[:5]) + (", …" if len(bad) > 5 else "")
+    rule = "detections whose box is not finite or has a negative side, counted as false positives"
+    return clean, [f"{rule}: {len(bad)} (rows {shown})"] if bad else []
+
+
+def _check_row(where: str, result: object, images: dict[Any, Record], categories: set[int]) -> None:
+    if not isinstance(result, dict):
+        raise DataError(f"{where}: must be an object, got {result!r}")
+    for key in ("image_id", "category_id", "score"):
+        if key not in result:
+            raise DataError(f"{where}: must have {key!r}, got the keys {sorted(result)}")
+    if not result.get("bbox") and not result.get("segmentation"):
+        raise DataError(f"{where}: must have 'bbox' or 'segmentation', got the keys {sorted(result)}")
+    _check_id(where, "image_id", result["image_id"], images)
+    _check_id(where, "category_id", result["category_id"], categories)
+    score = result["score"]
+    if not _is_real(score) or not math.isfinite(score):
+        raise DataError(f"{where}: score must be a finite number, got {score!r}")
+    if "bbox" in result:
+        _check_box(where, result["bbox"])
+    if result.get("segmentation"):
+        _check_mask(where, result["segmentation"], images[result["image_id"]])
+
+
+def _check_id(where: str, key: str, value: object, known: Any) -> None:
+    usable = isinstance(value, numbers.Integral | str) and not isinstance(value, bool)
+    if usable and value in known:
+        return
+    hint = ""
+    if isinstance(value, str) and value.lstrip("-").isdigit() and int(value) in known:
+        hint = "; write the id as a number"
+    elif usable and str(value) in known:
+        hint = "; write the id as text"
+    raise DataError(f"{where}: {key} must be one of the {len(known)} in the truth, got {value!r}{hint}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_box(where: str, box: object) -> None:
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_real(v) for v in box):
+        raise DataError(f"{where}: bbox must be four numbers [x, y, width, height], got {box!r}")
+
+
+def _is_box(box: Sequence[float]) -> bool:
+    return all(math.isfinite(v) for v in box) and min(box[2], box[3]) >= 0
+
+
+def _check_mask(where: str, mask: object, image: Record) -> None:
+    height, width = image.get("height", 0), image.get("width", 0)
+    if isinstance(mask, list):
+        if len(rle.usable_polygons(mask)) != len(mask):
+            raise DataError(f"{where}: polygons must have three points or more, all finite, got {mask!r:.80}")
+    elif not rle.fits(mask, height, width):
+        size = mask.get("size") if isinstance(mask, dict) else mask
+        raise DataError(
+            f"{where}: segmentation must be run lengths of its image's size [{height}, {width}], got size {size!r:.80}"
+        )
