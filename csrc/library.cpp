@@ -1,0 +1,48 @@
+// Every operator's schema in one block; kernels register beside their code, in cpu/ and cuda/.
+// Autograd, autocast and fake rules stand in Python, in detkit/ops/<name>.py.
+#include "torch_stable.h"
+
+STABLE_TORCH_LIBRARY(detkit, m) {
+  m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
+  m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
+
+  m.def(
+      "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
+      "int pooled_width, int sampling_ratio, bool aligned) -> Tensor");
+  m.def(
+      "_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, int pooled_height, "
+      "int pooled_width, int batch, int channels, int height, int width, int sampling_ratio, "
+      "bool aligned) -> Tensor");
+
+  // The second output is the index of the winning sample per output, empty for the mean.
+  m.def(
+      "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
+      "int pooled_width, int sampling_ratio, bool reduce_max, float offset) -> (Tensor, Tensor)");
+  m.def(
+      "_ps_roi_align_backward(Tensor grad, Tensor rois, Tensor argmax, float spatial_scale, "
+      "int pooled_height, int pooled_width, int sampling_ratio, bool reduce_max, float offset, "
+      "int batch, int channels, int height, int width) -> Tensor");
+
+  m.def(
+      "dilated_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+      "int[] dilation, int groups) -> Tensor");
+  m.def(
+      "_dilated_conv2d_backward(Tensor grad, Tensor input, Tensor weight, int[] stride, "
+      "int[] padding, int[] dilation, int groups, bool need_input, bool need_weight) "
+      "-> (Tensor, Tensor)");
+
+  m.def(
+      "scaled_conv2d(Tensor input, Tensor weight, Tensor scales, Tensor? bias, int[] stride, "
+      "int groups) -> Tensor");
+  m.def(
+      "_scaled_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor scales, "
+      "int[] stride, int groups, bool need_input, bool need_weight, bool need_scales) "
+      "-> (Tensor, Tensor, Tensor)");
+
+  m.def(
+      "split_conv2d(Tensor input, Tensor[] weights, Tensor? bias, int[] dilations, int[] stride, "
+      "int groups) -> Tensor");
+  m.def(
+      "_split_conv2d_backward(Tensor grad, Tensor input, Tensor[] weights, int[] dilations, "
+      "int[] stride, int groups, bool need_input, bool need_weights) -> (Tensor, Tensor[])");
+}

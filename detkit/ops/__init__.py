@@ -1,0 +1,21 @@
+"""The operators: native kernels where they were built, the same in plain PyTorch elsewhere.
+
+:func:`backend` says which runs; ``DETKIT_OPS=auto|native|reference`` decides.
+"""
+
+from detkit.ops import boxes
+from detkit.ops._library import backend
+from detkit.ops.dilated_conv import dilated_conv2d
+from detkit.ops.nms import batched_nms, nms
+from detkit.ops.scaled_conv import scaled_conv2d
+from detkit.ops.split_conv import split_conv2d
+
+__all__ = [
+    "backend",
+    "batched_nms",
+    "boxes",
+    "dilated_conv2d",
+    "nms",
+    "scaled_conv2d",
+    "split_conv2d",
+]

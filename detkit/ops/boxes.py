@@ -1,0 +1,98 @@
+"""Box arithmetic in plain PyTorch, differentiable, on any device and in any floating dtype.
+
+Letters: A boxes of the first set, G of the second. A NaN coordinate or delta makes the result of
+that box (its row or column of an IoU matrix) NaN and touches no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = math.log(1000 / 16)
+"""Largest predicted log growth of a side: a 16-pixel anchor becomes 1000 pixels at most."""
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Width times height of xyxy boxes (..., 4) -> (...); inverted boxes keep the sign."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of every pair.
+
+    Args:
+        a: (A, 4) xyxy.
+        b: (G, 4) xyxy.
+
+    Returns:
+        (A, G) in 0..1; 0 where both boxes are empty, NaN where either has a NaN.
+    """
+    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])  # (A, G, 2)
+    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    sides = (bottom_right - top_left).clamp(min=0)
+    inter = sides[..., 0] * sides[..., 1]  # (A, G)
+    union = area(a)[:, None] + area(b)[None, :] - inter
+    return inter / torch.where(union == 0, torch.ones_like(union), union)
+
+
+def overlap_share(a: Tensor, b: Tensor) -> Tensor:
+    """Share of each box of ``a`` (A, 4) inside each box of ``b`` (G, 4), the crowd rule: (A, G)."""
+    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    sides = (bottom_right - top_left).clamp(min=0)
+    own = area(a)[:, None]
+    return sides[..., 0] * sides[..., 1] / torch.where(own == 0, torch.ones_like(own), own)
+
+
+def clip(boxes: Tensor, height: float, width: float) -> Tensor:
+    """Boxes (..., 4) moved inside an image of ``height`` x ``width`` pixels; a NaN stays NaN."""
+    limits = boxes.new_tensor([width, height, width, height])
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def encode(
+    boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+) -> Tensor:
+    """Regression targets (dx, dy, dw, dh) that turn ``anchors`` into ``boxes``.
+
+    Source: Girshick et al., Rich feature hierarchies (CVPR 2014), appendix C.
+
+    Args:
+        boxes: (A, 4) xyxy with positive sides; an empty side gives -inf.
+        anchors: (A, 4) xyxy with positive sides.
+        weights: Factors of the four targets.
+
+    Returns:
+        (A, 4) targets.
+    """
+    size = boxes[:, 2:] - boxes[:, :2]
+    anchor_size = anchors[:, 2:] - anchors[:, :2]
+    shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) * 0.5 / anchor_size
+    deltas = torch.cat([shift, torch.log(size / anchor_size)], dim=1)
+    return deltas * boxes.new_tensor(weights)
+
+
+def decode(
+    deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+) -> Tensor:
+    """The boxes that ``deltas`` make of ``anchors``: the inverse of :func:`encode`, growth limited.
+
+    Args:
+        deltas: (A, 4), or (A, K, 4) for one box per class.
+        anchors: (A, 4) xyxy.
+        weights: As given to :func:`encode`.
+
+    Returns:
+        xyxy boxes in the shape of ``deltas``, in the dtype of ``anchors``.
+    """
+    deltas = deltas.to(anchors.dtype) / anchors.new_tensor(weights)
+    if deltas.ndim == 3:
+        anchors = anchors[:, None]  # (A, 1, 4)
+    size = anchors[..., 2:] - anchors[..., :2]
+    center = anchors[..., :2] + size * 0.5 + deltas[..., :2] * size
+    half = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_RATIO)) * size * 0.5
+    return torch.cat([center - half, center + half], dim=-1)

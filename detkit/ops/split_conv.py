@@ -1,0 +1,163 @@
+"""Convolutions with different dilations on disjoint output channels, the fast-deployment layer of
+POD.
+
+Peng et al., ICCV 2019, section 3.2. All parts write into one output, nothing is concatenated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detkit.ops import _conv_rules as rules
+from detkit.ops._library import BUILD_INFO, use_native
+from detkit.ops.reference import conv as reference
+
+_OP = "split_conv2d"
+
+
+def split_conv2d(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    dilations: Sequence[tuple[int, int]],
+    stride: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve ``input`` with each part at its own dilation; the outputs share one tensor, in the
+    parts' order.
+
+    Each part pads with dilation * (k // 2) zeros, so all parts have the same size. With groups,
+    output channel o belongs to group o // (sum(O_i) / groups) as in the undivided convolution; each
+    part covers whole groups and reads their inputs.
+
+    Args:
+        input: (N, C, H, W).
+        weights: Parts (O_i, C/groups, kh, kw) of the input's dtype, kh and kw odd, 1 where the
+            dilation is 0.
+        bias: (sum(O_i),) or None.
+        dilations: (d_h, d_w) of each part in pixels.
+        stride: Pixels between outputs, an int or (h, w).
+        groups: Groups of the undivided convolution.
+
+    Returns:
+        (N, sum(O_i), (H - 1) // stride + 1, (W - 1) // stride + 1), channels_last if the input is.
+
+    Raises:
+        ValueError: On shapes, dtypes, devices or numbers that do not fit.
+    """
+    rules.require(len(weights) > 0, _OP, "weights must have at least one part", len(weights))
+    outputs = sum(w.shape[0] for w in weights)
+    rules.check_tensors(_OP, input, weights, bias, outputs)
+    _check_parts(input, weights, outputs, groups)
+    flat = _flat_dilations(weights, dilations)
+    strides = rules.pair(_OP, "stride", stride, 1)
+    if use_native(_OP, input):
+        output: Tensor = torch.ops.detkit.split_conv2d(
+            input, list(weights), bias, flat, strides, groups
+        )
+        return output
+    return reference.split_conv2d(input, weights, bias, flat, strides, groups)
+
+
+def _check_parts(input: Tensor, weights: Sequence[Tensor], outputs: int, groups: int) -> None:
+    rules.require(groups >= 1, _OP, "groups must be at least 1", groups)
+    rules.require(
+        outputs % groups == 0,
+        _OP,
+        f"output channels must be a multiple of groups={groups}",
+        outputs,
+    )
+    per_group = outputs // groups
+    for part, weight in enumerate(weights):
+        name = f"{_OP}: part {part}"
+        wanted = weight.shape[1] * groups
+        channels = input.shape[1]
+        rules.require(
+            channels == wanted,
+            name,
+            f"input channels must be groups * weight.shape[1] = {wanted}",
+            channels,
+        )
+        whole = weight.shape[0] > 0 and weight.shape[0] % per_group == 0
+        rules.require(
+            whole, name, f"output channels must be whole groups of {per_group}", weight.shape[0]
+        )
+
+
+def _flat_dilations(weights: Sequence[Tensor], dilations: Sequence[tuple[int, int]]) -> list[int]:
+    """``[h, w, h, w, ...]``, checked against the kernels."""
+    count = f"{len(dilations)} for {len(weights)} parts"
+    rules.require(
+        len(dilations) == len(weights), _OP, "dilations must have one (h, w) per part", count
+    )
+    flat: list[int] = []
+    for part, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
+        both = rules.pair(f"{_OP}: part {part}", "dilation", dilation, 0)
+        kernel = tuple(weight.shape[2:])
+        for k, d in zip(kernel, both, strict=True):
+            fits = k % 2 == 1 and (k == 1 or d > 0)
+            rules.require(
+                fits,
+                f"{_OP}: part {part}",
+                "kernel sides must be odd, 1 where the dilation is 0",
+                kernel,
+            )
+        flat += both
+    return flat
+
+
+def _fake(
+    input: Tensor,
+    weights: list[Tensor],
+    bias: Tensor | None,
+    dilations: list[int],
+    stride: list[int],
+    groups: int,
+) -> Tensor:
+    size = [(input.shape[a + 2] + stride[a] - 1) // stride[a] for a in (0, 1)]
+    return rules.empty_output(input, sum(w.shape[0] for w in weights), size)
+
+
+def _fake_backward(
+    grad: Tensor,
+    input: Tensor,
+    weights: list[Tensor],
+    dilations: list[int],
+    stride: list[int],
+    groups: int,
+    need_input: bool,
+    need_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    return (
+        rules.empty_grad(input, need_input, rules.memory_format(input)),
+        [rules.empty_grad(w, need_weights, torch.contiguous_format) for w in weights],
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weights, _, *ctx.settings = inputs
+    rules.save_input(ctx, input, any(ctx.needs_input_grad[1]), *weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    input, *weights = rules.saved_input(ctx, grad)
+    needs = ctx.needs_input_grad
+    gx, gws = torch.ops.detkit._split_conv2d_backward(
+        grad, input, weights, *ctx.settings, needs[0], any(needs[1])
+    )
+    gb = grad.sum((0, 2, 3)) if needs[2] else None
+    wanted = [g if need else None for g, need in zip(gws, needs[1], strict=True)]
+    return rules.input_grad(ctx, gx), wanted, gb, None, None, None
+
+
+if BUILD_INFO:
+    torch.library.register_fake("detkit::split_conv2d", _fake)
+    torch.library.register_fake("detkit::_split_conv2d_backward", _fake_backward)
+    torch.library.register_autograd("detkit::split_conv2d", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("detkit::_split_conv2d_backward", rules.no_double_backward)
+    _library = torch.library.Library("detkit", "FRAGMENT")
+    rules.register_autocast(_library, _OP, torch.ops.detkit.split_conv2d, casts=(0, 1, 2))

@@ -1,0 +1,52 @@
+"""Fixtures of all tests: seeds, devices, real data, and the torchvision peer."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+def pytest_report_header() -> str:
+    from detkit.ops import backend
+
+    return "detkit ops: " + ", ".join(f"{op} {where}" for op, where in backend().items())
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn; cuda skips without a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real data sets."""
+    if not os.environ.get("DETKIT_TEST_DATA"):
+        pytest.skip("DETKIT_TEST_DATA is not set: it names the folder of the real data sets")
+    path = Path(os.environ["DETKIT_TEST_DATA"])
+    assert path.is_dir(), f"DETKIT_TEST_DATA must be a folder, got {path}"
+    return path
+
+
+@pytest.fixture(scope="session")
+def tv() -> ModuleType:
+    """The published torchvision with its compiled operators."""
+    folder = os.environ.get("DETKIT_PEER")
+    if not folder:
+        pytest.skip("DETKIT_PEER is not set: `make peer` makes the folder it names")
+    assert Path(folder).is_dir(), f"DETKIT_PEER must be a folder, got {folder}"
+    sys.path.insert(0, folder)
+    return importlib.import_module("torchvision_cpu").load()
