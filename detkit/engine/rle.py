@@ -82,3 +82,13 @@ def mask_area(segmentation: list[list[float]] | dict[str, Any]) -> float:
 def _polygon_area(points: npt.NDArray[np.float64]) -> float:
     x, y = points[:, 0], points[:, 1]  # (P,)
     return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
+
+
+def decode(segmentation: dict[str, Any]) -> npt.NDArray[np.uint8]:
+    """The mask (H, W) of run lengths that fit their "size": 1 inside, runs go down the columns."""
+    height, width = segmentation["size"]
+    runs = run_lengths(segmentation["counts"])
+    if runs is None or not fits(segmentation, height, width):
+        raise ValueError(f"rle: run lengths must fill their size, got size {segmentation['size']}")
+    flat = np.repeat(np.arange(runs.size, dtype=np.uint8) % 2, runs)
+    return flat.reshape(width, height).T
