@@ -11,7 +11,7 @@ os.chdir(ROOT)
 
 NO_TORCH = (
     "detkit: torch must be importable while the extension is built, got none; install torch >= "
-    "2.11 and pybind11 first, then run `pip install --no-build-isolation .` (an isolated build would "
+    "2.11 and pybind11 first, then `pip install --no-build-isolation .` (an isolated build would "
     "fetch a second torch)"
 )
 BUILD_FAILED = (
