@@ -7,6 +7,8 @@ from detkit.ops import boxes
 from detkit.ops._library import backend
 from detkit.ops.dilated_conv import dilated_conv2d
 from detkit.ops.nms import batched_nms, nms
+from detkit.ops.ps_roi_align import ps_roi_align
+from detkit.ops.roi_align import roi_align
 from detkit.ops.scaled_conv import scaled_conv2d
 from detkit.ops.split_conv import split_conv2d
 
@@ -16,6 +18,8 @@ __all__ = [
     "boxes",
     "dilated_conv2d",
     "nms",
+    "ps_roi_align",
+    "roi_align",
     "scaled_conv2d",
     "split_conv2d",
 ]

@@ -1,0 +1,35 @@
+"""Image classifier over a backbone: global average pooling and one linear layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detkit.types import ClassificationBatch, FeatureSpec
+
+
+class Classifier(nn.Module):
+    """Classes from the last map of a backbone.
+
+    Args:
+        backbone: Images (N, 3, S, S) to maps by name, with ``feature_specs``; the last map is used.
+        num_classes: Classes, without a background.
+        label_smoothing: Share of the target spread over all classes.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        specs: dict[str, FeatureSpec] = backbone.feature_specs
+        self.backbone = backbone
+        self.last = list(specs)[-1]
+        self.fc = nn.Linear(specs[self.last].channels, num_classes)
+        self.label_smoothing = label_smoothing
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, 3, S, S)."""
+        return self.fc(self.backbone(images)[self.last].mean((2, 3)))
+
+    def forward(self, batch: ClassificationBatch) -> dict[str, Tensor]:
+        """``{"loss": ...}``: mean cross entropy in fp32."""
+        logits = self.classify(batch.images).float()
+        return {"loss": F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)}

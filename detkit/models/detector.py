@@ -1,0 +1,83 @@
+"""Detectors put together from parts: losses from ``forward``, detections from ``detect``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from detkit.config import RpnConfig
+from detkit.errors import DataError
+from detkit.models.heads.rpn import RPN
+from detkit.types import Batch, Detections
+
+
+class TwoStageDetector(nn.Module):
+    """Backbone and neck give maps, the RPN proposes boxes on them, the head classifies and refines these.
+
+    Args:
+        backbone: Images (N, 3, H, W) to maps by name.
+        neck: Maps by name to the maps that ``rpn`` and ``head`` use.
+        rpn: Region proposal network.
+        head: Has ``losses(features, proposals, targets)`` and ``detect(features, proposals, sizes)``.
+        num_classes: Classes without background.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, neck: nn.Module, rpn: RPN, head: nn.Module, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.rpn = rpn
+        self.head = head
+        self.num_classes = num_classes
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps of the neck."""
+        return self.neck(self.backbone(images))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses by name; their sum is what to minimise.
+
+        Raises:
+            DataError: A label is outside 1..num_classes.
+            ValueError: Not one target per image.
+        """
+        check_targets(batch, self.num_classes)
+        features = self.features(batch.images)
+        output = self.rpn(features)
+        config: RpnConfig = self.rpn.config
+        proposals = self.rpn.proposals(
+            output, batch.sizes, config.pre_nms_train, config.post_nms_train
+        )
+        losses = self.rpn.losses(output, batch.targets, batch.sizes)
+        return losses | self.head.losses(features, proposals, batch.targets)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
+        """Detections of each image in the pixels of ``images``, best first.
+
+        Args:
+            images: (N, 3, H, W), normalised, zero-padded at right and bottom.
+            sizes: (N, 2) height and width before padding.
+        """
+        features = self.features(images)
+        config: RpnConfig = self.rpn.config
+        proposals = self.rpn.proposals(
+            self.rpn(features), sizes, config.pre_nms_test, config.post_nms_test
+        )
+        return self.head.detect(features, proposals, sizes)
+
+
+def check_targets(batch: Batch, num_classes: int) -> None:
+    """Refuse a batch that would only fail deep inside a loss: ValueError or DataError as :meth:`forward` says."""
+    if len(batch.targets) != len(batch.images):
+        raise ValueError(
+            f"batch: one target per image ({len(batch.images)}), got {len(batch.targets)}"
+        )
+    labels = torch.cat([t.labels for t in batch.targets])
+    if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
+        raise DataError(
+            f"labels: must be in 1..{num_classes}, got {int(labels.min())}..{int(labels.max())} "
+            f"in {', '.join(batch.files) or 'this batch'}"
+        )

@@ -1,0 +1,1 @@
+"""Heads: proposals, boxes and classes from feature maps."""

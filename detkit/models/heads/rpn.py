@@ -1,0 +1,169 @@
+"""Region proposal network: scores and shifts anchors, learns from matched ones, proposes the best (Ren et al., 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from detkit.config import RpnConfig
+from detkit.models import losses, targets
+from detkit.models.anchors import AnchorGrid
+from detkit.ops import batched_nms
+from detkit.ops import boxes as box_ops
+from detkit.types import Target
+
+
+@dataclass
+class RpnOutput:
+    """Predictions for the T anchors of all levels, finest level first.
+
+    Attributes:
+        logits: (N, T) objectness before the sigmoid.
+        deltas: (N, T, 4).
+        anchors: (T, 4) xyxy in input pixels.
+        counts: Anchors of each level; they sum to T.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    anchors: Tensor
+    counts: list[int]
+
+
+class RpnHead(nn.Module):
+    """3x3 convolution, then objectness and four deltas per anchor; the same weights on every level."""
+
+    def __init__(self, cin: int, channels: int, anchors: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(cin, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, anchors, 1)
+        self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, H * W * A) and deltas (N, H * W * A, 4) of a map (N, cin, H, W), in the anchors' order."""
+        x = torch.relu(self.conv(x))
+        logits = self.objectness(x).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.deltas(x).permute(0, 2, 3, 1)
+        return logits, deltas.reshape(len(x), -1, 4)
+
+
+class RPN(nn.Module):
+    """Anchors of the named levels, a head over them, their losses and proposals.
+
+    Args:
+        head: Gives (logits, deltas) of one level.
+        grid: Anchors, one entry per level.
+        levels: Names of the feature maps used.
+        config: Sampling, loss and proposal settings.
+    """
+
+    def __init__(
+        self, head: nn.Module, grid: AnchorGrid, levels: Sequence[str], config: RpnConfig
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.grid = grid
+        self.levels = tuple(levels)
+        self.config = config
+
+    def forward(self, features: Mapping[str, Tensor]) -> RpnOutput:
+        """Predictions on the maps {level: (N, C, H, W)}."""
+        maps = [features[name] for name in self.levels]
+        logits, deltas = zip(*(self.head(x) for x in maps), strict=True)
+        anchors = self.grid([(x.shape[2], x.shape[3]) for x in maps], maps[0].device)
+        return RpnOutput(
+            torch.cat(logits, 1),
+            torch.cat(deltas, 1),
+            torch.cat(anchors),
+            [len(a) for a in anchors],
+        )
+
+    def losses(
+        self, output: RpnOutput, truth: Sequence[Target], sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """Objectness and box losses over the sampled anchors of N images.
+
+        Args:
+            output: Predictions.
+            truth: N targets.
+            sizes: (N, 2) height and width before padding.
+        """
+        with torch.no_grad():
+            drawn = [
+                self._sample(output.anchors, t, *s)
+                for t, s in zip(truth, sizes.tolist(), strict=True)
+            ]
+        total = len(output.anchors)
+        positive = torch.cat([pos + i * total for i, (pos, _, _) in enumerate(drawn)])
+        negative = torch.cat([neg + i * total for i, (_, neg, _) in enumerate(drawn)])
+        goal = torch.cat([goal for _, _, goal in drawn])
+        count = max(1, len(positive) + len(negative))
+        logits = output.logits.flatten()[torch.cat([positive, negative])]
+        deltas = output.deltas.flatten(0, 1)[positive]
+        return {
+            "rpn_objectness": losses.objectness(logits, len(positive)) / count,
+            "rpn_box": losses.smooth_l1(deltas, goal, self.config.smooth_l1_beta) / count,
+        }
+
+    def _sample(
+        self, anchors: Tensor, truth: Target, height: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Drawn positives (P,), negatives (M,) and the positives' regression targets (P, 4)."""
+        config = self.config
+        usable = torch.arange(len(anchors), device=anchors.device)
+        if config.drop_straddling:
+            usable = usable[targets.inside_image(anchors, height, width)]
+        matches = targets.match(
+            anchors[usable], truth, config.fg_iou, config.bg_iou, keep_best=True
+        )
+        positive, negative = targets.sample(
+            matches.label, config.batch_per_image, config.positive_fraction
+        )
+        goal = box_ops.encode(truth.boxes[matches.index[positive]], anchors[usable[positive]])
+        return usable[positive], usable[negative], goal
+
+    @torch.no_grad()
+    def proposals(
+        self, output: RpnOutput, sizes: Tensor, before_nms: int, after_nms: int
+    ) -> list[Tensor]:
+        """Best boxes (R, 4) of each image, clipped to it, best first.
+
+        Args:
+            output: Predictions.
+            sizes: (N, 2) height and width before padding.
+            before_nms: Boxes kept before suppression, per level (of the pool, if ``config.joint``).
+            after_nms: Boxes kept per image.
+        """
+        logits = output.logits.detach().float()
+        picked, level = self._best(logits, output.counts, before_nms)  # (N, K), (K,)
+        n, k = picked.shape
+        deltas = output.deltas.detach().gather(1, picked[..., None].expand(n, k, 4))
+        boxes = box_ops.decode(deltas.flatten(0, 1), output.anchors[picked.flatten()]).view(n, k, 4)
+        limits = sizes.to(boxes)[:, None, [1, 0, 1, 0]]  # (N, 1, 4)
+        boxes = torch.minimum(boxes.clamp(min=0), limits).flatten(0, 1)
+        image = torch.arange(n, device=boxes.device).repeat_interleave(k)
+        group = image * len(output.counts) + level.repeat(n)
+        sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
+        kept = ((sides > 0) & (sides >= self.config.min_size)).nonzero().flatten()
+        scores = logits.gather(1, picked).flatten()
+        kept = kept[batched_nms(boxes[kept], scores[kept], group[kept], self.config.nms_iou)]
+        return [boxes[kept[image[kept] == i][:after_nms]] for i in range(n)]
+
+    def _best(self, logits: Tensor, counts: list[int], limit: int) -> tuple[Tensor, Tensor]:
+        """Anchor indices (N, K) of the best scores of each level or of all, and the level (K,) NMS keeps apart."""
+        if self.config.joint:
+            picked = logits.topk(min(limit, logits.shape[1]), dim=1).indices
+            return picked, torch.zeros_like(picked[0])
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        parts = [
+            part.topk(min(limit, part.shape[1]), dim=1).indices + start
+            for part, start in zip(logits.split(counts, 1), starts, strict=True)
+        ]
+        level = [torch.full_like(part[0], i) for i, part in enumerate(parts)]
+        return torch.cat(parts, 1), torch.cat(level)

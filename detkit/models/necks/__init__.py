@@ -1,0 +1,1 @@
+"""Necks: maps of a backbone to maps of equal channels."""

@@ -1,0 +1,94 @@
+"""Feature pyramid over declared strides; levels of equal stride are summed without resizing (DetNet)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detkit.models.norm import Norm, norm_named
+from detkit.types import FeatureSpec
+
+
+class ConvNorm(nn.Module):
+    """Convolution with "same" padding and an optional norm, no activation; the bias goes where a norm is."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm(cout)
+        plain = isinstance(self.norm, nn.Identity)
+        self.conv = nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=plain)
+        nn.init.kaiming_uniform_(self.conv.weight, a=1)
+        if plain:
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, cin, H, W) to (N, cout, H, W)."""
+        return self.norm(self.conv(x))
+
+
+class FPN(nn.Module):
+    """Laterals 1x1, top-down sums, outputs 3x3: ``{"c2": ...}`` to ``{"p2": ...}`` (Lin et al., 2017).
+
+    Without a ``c6`` of the backbone, ``p6`` is every second cell of ``p5``.
+
+    Args:
+        specs: Maps of the backbone by name, finest first; each stride equals the one before or doubles it.
+        channels: Channels of every level.
+        norm: Name of the norm after each convolution, ``none`` for a bias.
+
+    Attributes:
+        feature_specs: Channels and stride of each level.
+
+    Raises:
+        ValueError: Strides do something else.
+    """
+
+    def __init__(
+        self, specs: Mapping[str, FeatureSpec], channels: int = 256, norm: str = "none"
+    ) -> None:
+        super().__init__()
+        make_norm = norm_named(norm)
+        strides = [spec.stride for spec in specs.values()]
+        if any(b not in (a, 2 * a) for a, b in zip(strides, strides[1:], strict=False)):
+            raise ValueError(
+                f"FPN: each stride must equal the one before or double it, got {strides}"
+            )
+        self.names = {name: "p" + name.removeprefix("c") for name in specs}
+        self.strides = dict(zip(specs, strides, strict=True))
+        self.lateral = nn.ModuleDict(
+            {p: ConvNorm(specs[c].channels, channels, 1, make_norm) for c, p in self.names.items()}
+        )
+        self.output = nn.ModuleDict(
+            {p: ConvNorm(channels, channels, 3, make_norm) for p in self.names.values()}
+        )
+        self.feature_specs = {
+            p: FeatureSpec(channels, specs[c].stride) for c, p in self.names.items()
+        }
+        self.subsample_p5 = "c6" not in specs
+        if self.subsample_p5:
+            self.feature_specs["p6"] = FeatureSpec(channels, 2 * strides[-1])
+
+    def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Levels (N, channels, H / stride, W / stride), finest first."""
+        merged = self.merge(maps)
+        levels = {p: self.output[p](merged[p]) for p in self.names.values()}
+        if self.subsample_p5:
+            levels["p6"] = F.max_pool2d(levels["p5"], 1, 2)
+        return levels
+
+    def merge(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums of laterals before the output convolutions, by level."""
+        merged: dict[str, Tensor] = {}
+        above, stride = None, 0
+        for name in reversed(self.names):
+            level = self.lateral[self.names[name]](maps[name])
+            if above is not None:
+                same = self.strides[name] == stride
+                level = level + (
+                    above if same else F.interpolate(above, size=level.shape[-2:], mode="nearest")
+                )
+            merged[self.names[name]] = above = level
+            stride = self.strides[name]
+        return merged

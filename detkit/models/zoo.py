@@ -1,0 +1,111 @@
+"""Named models as plain functions in two dicts; a name that is not there names the nearest one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from detkit.config import Config, suggest
+from detkit.errors import ConfigError
+from detkit.models.anchors import AnchorGrid
+from detkit.models.backbones.detnet import detnet, detnet_tiny
+from detkit.models.backbones.resnet import ResNet, resnet, resnet_tiny
+from detkit.models.classifier import Classifier
+from detkit.models.detector import TwoStageDetector
+from detkit.models.heads.box import BoxHead, BoxPredictor, RoiPooler
+from detkit.models.heads.rpn import RPN, RpnHead
+from detkit.models.necks.fpn import FPN
+
+_R50, _R101 = (3, 4, 6, 3), (3, 4, 23, 3)
+
+BACKBONES: dict[str, Callable[[str], ResNet]] = {
+    "resnet50": lambda norm: resnet(_R50, norm),
+    "resnet101": lambda norm: resnet(_R101, norm),
+    "resnet50-msra": lambda norm: resnet(_R50, norm, stride_in_1x1=True),
+    "resnet101-msra": lambda norm: resnet(_R101, norm, stride_in_1x1=True),
+    "resnet50-dilated": lambda norm: resnet(_R50, norm, stride_in_1x1=True, dilated=True),
+    "detnet59": lambda norm: detnet((3, 4, 6, 3, 3), norm),
+    "detnet59-noproj": lambda norm: detnet((3, 4, 6, 3, 3), norm, project_last=False),
+    "detnet110": lambda norm: detnet((3, 4, 23, 3, 3), norm),
+    "resnet50-tiny": resnet_tiny,
+    "detnet59-tiny": detnet_tiny,
+}
+"""Backbone by name, from the name of its norms."""
+
+
+def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -> ResNet:
+    """A backbone with random weights; raises ConfigError with the nearest name for an unknown one."""
+    backbone = BACKBONES[_known("model.backbone", name, BACKBONES)](norm)
+    last = len(backbone.feature_specs) + 1
+    if frozen_stages > last:
+        raise ConfigError(
+            f"model.frozen_stages: must be in 0..{last} for {name}, got {frozen_stages}"
+        )
+    return backbone.freeze(frozen_stages)
+
+
+def build_classifier(config: Config, num_classes: int) -> Classifier:
+    """Classifier over ``config.model.backbone``, random weights."""
+    model = config.model
+    backbone = build_backbone(model.backbone, model.norm, model.frozen_stages)
+    return Classifier(backbone, num_classes, config.train.label_smoothing)
+
+
+def build_detector(config: Config, num_classes: int) -> TwoStageDetector:
+    """The detector ``config.model.detector`` on ``config.model.backbone``, random weights.
+
+    Args:
+        config: The run's configuration; tables model, anchors, rpn and box are used.
+        num_classes: Classes without background.
+
+    Raises:
+        ConfigError: An unknown name, or settings that do not fit together.
+    """
+    model = config.model
+    if model.scales != "off":
+        raise ConfigError(f"model.scales: must be 'off' for {model.detector}, got {model.scales!r}")
+    build = DETECTORS[_known("model.detector", model.detector, DETECTORS)]
+    return build(config, num_classes)
+
+
+def frcnn_fpn(config: Config, num_classes: int) -> TwoStageDetector:
+    """Faster R-CNN on a feature pyramid (Ren et al., 2015; Lin et al., 2017)."""
+    model, box = config.model, config.box
+    backbone = build_backbone(model.backbone, model.norm, model.frozen_stages)
+    neck = FPN(backbone.feature_specs, model.neck_channels, model.head_norm)
+    specs = neck.feature_specs
+    if len(config.anchors.sizes) != len(specs):
+        raise ConfigError(
+            f"anchors.sizes: must be one side for each of {', '.join(specs)}, got {list(config.anchors.sizes)}"
+        )
+    grid = AnchorGrid(
+        [s.stride for s in specs.values()],
+        [(s,) for s in config.anchors.sizes],
+        config.anchors.ratios,
+    )
+    channels = config.rpn.channels or model.neck_channels
+    rpn = RPN(
+        RpnHead(model.neck_channels, channels, grid.per_cell[0]), grid, list(specs), config.rpn
+    )
+    predictor = BoxPredictor(
+        model.neck_channels * box.resolution**2,
+        box.channels,
+        num_classes,
+        box.class_agnostic,
+        model.head_norm,
+    )
+    head = BoxHead(RoiPooler(specs, box.roi_max_level, box), predictor, box)
+    return TwoStageDetector(backbone, neck, rpn, head, num_classes)
+
+
+DETECTORS: dict[str, Callable[[Config, int], TwoStageDetector]] = {"frcnn-fpn": frcnn_fpn}
+"""Detector by name, from the configuration and the number of classes."""
+
+
+def _known(key: str, name: str, table: dict) -> str:
+    if name not in table:
+        raise ConfigError(
+            f"{key}: must be one of {', '.join(table)}, got {name!r}{suggest(name, table)}"
+        )
+    return name
