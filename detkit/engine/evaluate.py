@@ -179,7 +179,11 @@ def _renumbered(
 
     known = [row(n, a) for n, a in enumerate(truth["annotations"], 1)]
     found = [detection(n, d) for n, d in enumerate(detections, 1)]
-    return [{"id": n} for n in image_ids.values()], known, found
+    images = [
+        {"id": n, "height": sizes[i][0], "width": sizes[i][1]} if i in sizes else {"id": n}
+        for i, n in image_ids.items()
+    ]
+    return images, known, found
 
 
 Sizes = dict[int | str, tuple[int, int]]

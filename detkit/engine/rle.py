@@ -1,7 +1,7 @@
 """What a COCO segmentation says without decoding it: run lengths, area, whether it fits its image.
 
 pycocotools reads run lengths without checking them against the image, takes a polygon of two points
-for a box, and gives masks of another size IoU -1; all of this is caught here. Numpy only.
+for a box and stops, and gives masks of another size IoU -1; all of this is caught here. Numpy only.
 """
 
 from __future__ import annotations
