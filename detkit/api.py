@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,12 +38,16 @@ from detkit.engine.run import RunFolder, create_run, newest_run, same_run
 from detkit.engine.train import StepInfo, fit
 from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
 from detkit.models import build_classifier, build_detector
+from detkit.models.count import count_classifier, count_detector
 from detkit.models.weights import init_backbone, init_detector
+from detkit.models.zoo import BACKBONES, DETECTORS, build_backbone
+from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
 DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
 VOC_METRICS = ("voc07", "voc12")
+COCO_CLASSES = 80
 _KINDS = {"pretrain": "backbone", "finetune": "detector"}
 
 
@@ -414,3 +419,129 @@ def _write_json(path: str | Path, value: Any) -> None:
         Path(path).write_text(json.dumps(value), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
+
+
+# ------------------------------------------------------------------------------------------- models and demo
+
+
+def model_table(
+    size: tuple[int, int] | None = None, backbone: str | None = None, detector: str | None = None
+) -> dict[str, Any]:
+    """Every backbone, detector and recipe, as ``detkit models --json`` prints them.
+
+    Args:
+        size: (height, width): also count whole detectors with 80 classes on one such image.
+        backbone: only this one.
+        detector: only this one.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    backbones = _named("--backbone", backbone, BACKBONES)
+    detectors = _named("--detector", detector, DETECTORS)
+    return {
+        "backbones": [_backbone_row(name) for name in backbones],
+        "detectors": [
+            row for name in detectors for row in _detector_rows(name, backbones, size)
+        ],
+        "recipes": [
+            {"name": name, "summary": _recipe_summary(path), "path": str(path)}
+            for name, path in configs.recipes().items()
+        ],
+    }
+
+
+def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
+    if name is None:
+        return list(table)
+    if name not in table:
+        raise ConfigError(f"{flag}: must be one of {', '.join(table)}, got {name!r}{configs.suggest(name, table)}")
+    return [name]
+
+
+def _backbone_row(name: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        backbone = build_backbone(name, "bn")
+    cost = count_classifier(backbone)
+    stages = [
+        {"name": level, "channels": spec.channels, "stride": spec.stride}
+        for level, spec in backbone.feature_specs.items()
+    ]
+    total = cost["total"]
+    return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
+
+
+def _detector_rows(
+    name: str, backbones: Iterable[str], size: tuple[int, int] | None
+) -> list[dict[str, Any]]:
+    if size is None:
+        return [{"name": name}]
+    rows = []
+    for backbone in backbones:
+        model = configs.ModelConfig(detector=name, backbone=backbone)
+        cost = count_detector(Config(model=model), COCO_CLASSES, size)["total"]
+        rows.append(
+            {"name": name, "backbone": backbone, "size": list(size), "params": cost.params, "macs": cost.macs}
+        )
+    return rows
+
+
+def _recipe_summary(path: Path) -> str:
+    """First comment line of a recipe."""
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def demo(
+    layers: Iterable[Mapping[str, Any]] = (),
+    *,
+    out: str | Path | None = None,
+    device: str = "auto",
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> dict[str, Any]:
+    """Pre-train, fine-tune and evaluate on synthetic shapes, and draw predictions beside the truth.
+
+    Args:
+        layers: settings on top of the demo's recipes.
+        out: folder for the runs and the picture; by default a new one under ``runs/demo``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        on_step: called after each training step.
+
+    Returns:
+        ``{"pretrain", "finetune"}`` as :func:`train` gives them, ``"eval"`` as :func:`evaluate` does, ``"picture"`` and
+        ``"seconds"``.
+    """
+    begun = time.monotonic()
+    layers = list(layers)
+    folder = Path(out) if out else Path("runs/demo") / time.strftime("%Y%m%d-%H%M%S")
+    result: dict[str, Any] = {}
+    for command in ("pretrain", "finetune"):
+        recipe = configs.read_toml(configs.recipe_path(f"demo/{command}"))
+        first = result.get("pretrain", {}).get("checkpoint")
+        config = resolve_config([recipe, *layers], init_from=first)
+        result[command] = train(
+            command, config, out=folder / command, device=device, init_from=first, on_step=on_step
+        )
+    checkpoint = result["finetune"]["checkpoint"]
+    detections = folder / "detections.json"
+    result["eval"] = evaluate(checkpoint, device=device, save_detections=detections)
+    result["picture"] = str(_draw(checkpoint, detections, folder / "predictions.png"))
+    return result | {"seconds": time.monotonic() - begun}
+
+
+def _draw(checkpoint: str, detections: Path, target: Path, images: int = 4) -> Path:
+    """Truth and predictions of a few validation images, the ones with the most objects."""
+    stored = checkpoints.load(checkpoint)
+    config = configs.from_plain(stored["config"])
+    dataset = open_detection(config.data.path, config.data.val_split, config.data)
+    truth = dataset.truth()
+    rows = json.loads(detections.read_text(encoding="utf-8"))
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    objects = {i: [a for a in truth["annotations"] if a["image_id"] == i] for i in dataset.image_ids}
+    chosen = sorted(range(len(dataset)), key=lambda i: -len(objects[dataset.image_ids[i]]))[:images]
+    pictures = []
+    for index in chosen:
+        image_id = dataset.image_ids[index]
+        found = [row for row in rows if row["image_id"] == image_id]
+        pictures.append(draw_predictions(dataset.image(index), found, objects[image_id], names))
+    grid(pictures).save(target)
+    return target
