@@ -461,7 +461,7 @@ def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
 
 def _backbone_row(name: str) -> dict[str, Any]:
     with torch.device("meta"):
-        backbone = build_backbone(name, "bn")
+        backbone = build_backbone(name)
     cost = count_classifier(backbone)
     stages = [
         {"name": level, "channels": spec.channels, "stride": spec.stride}
@@ -479,7 +479,7 @@ def _detector_rows(
     rows = []
     for backbone in backbones:
         model = configs.ModelConfig(detector=name, backbone=backbone)
-        cost = count_detector(Config(model=model), COCO_CLASSES, size)["total"]
+        cost = count_detector(Config(model=model), COCO_CLASSES, *size)["total"]
         rows.append(
             {"name": name, "backbone": backbone, "size": list(size), "params": cost.params, "macs": cost.macs}
         )
