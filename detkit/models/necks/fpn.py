@@ -1,4 +1,4 @@
-"""Feature pyramid over declared strides; levels of equal stride are summed without resizing (DetNet)."""
+"""Feature pyramid over declared strides; levels of equal stride are summed unresized (DetNet)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from detkit.types import FeatureSpec
 
 
 class ConvNorm(nn.Module):
-    """Convolution with "same" padding and an optional norm, no activation; the bias goes where a norm is."""
+    """Convolution with "same" padding, then a norm, or a bias where ``norm`` is the identity."""
 
     def __init__(self, cin: int, cout: int, kernel: int, norm: Norm) -> None:
         super().__init__()
         self.norm = norm(cout)
-        plain = isinstance(self.norm, nn.Identity)
-        self.conv = nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=plain)
+        self.conv = nn.Conv2d(
+            cin, cout, kernel, padding=kernel // 2, bias=isinstance(self.norm, nn.Identity)
+        )
         nn.init.kaiming_uniform_(self.conv.weight, a=1)
-        if plain:
+        if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, H, W)."""
-        return self.norm(self.conv(x))
+        out: Tensor = self.norm(self.conv(x))
+        return out
 
 
 class FPN(nn.Module):
-    """Laterals 1x1, top-down sums, outputs 3x3: ``{"c2": ...}`` to ``{"p2": ...}`` (Lin et al., 2017).
+    """Laterals 1x1, top-down sums, outputs 3x3: ``{"c2": ...}`` to ``{"p2": ...}``.
 
-    Without a ``c6`` of the backbone, ``p6`` is every second cell of ``p5``.
+    Without a ``c6`` of the backbone, ``p6`` is every second cell of ``p5`` (Lin et al., 2017).
 
     Args:
-        specs: Maps of the backbone by name, finest first; each stride equals the one before or doubles it.
+        specs: Maps of the backbone, finest first; a stride equals the one before or doubles it.
         channels: Channels of every level.
         norm: Name of the norm after each convolution, ``none`` for a bias.
 
