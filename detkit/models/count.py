@@ -31,12 +31,7 @@ def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Modul
     macs: dict[nn.Module, int] = {}
 
     def add(module: nn.Module, _: object, out: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            each = (
-                module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-            )
-        else:
-            each = int(module.get_parameter("weight").shape[1])
+        each = module.get_parameter("weight")[0].numel()  # weights that make one output number
         macs[module] = macs.get(module, 0) + out.numel() * each
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -115,7 +110,5 @@ def count_detector(
         model.head.run_layers(features, proposals)
 
     macs = macs_by_module(model, run)
-    parts = {
-        name: _part([getattr(model, name)], macs) for name in ("backbone", "neck", "rpn", "head")
-    }
+    parts = {name: _part([part], macs) for name, part in model.named_children()}
     return {"total": _part([model], macs)} | parts
