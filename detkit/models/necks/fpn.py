@@ -33,7 +33,8 @@ class ConvNorm(nn.Module):
 class FPN(nn.Module):
     """Laterals 1x1, top-down sums, outputs 3x3: ``{"c2": ...}`` to ``{"p2": ...}``.
 
-    Without a ``c6`` of the backbone, ``p6`` is every second cell of ``p5`` (Lin et al., 2017).
+    Where the backbone has no ``c6``, one level more is added: every second cell of the last one,
+    ``p6`` of ``p5`` (Lin et al., 2017).
 
     Args:
         specs: Maps of the backbone, finest first; a stride equals the one before or doubles it.
@@ -68,16 +69,17 @@ class FPN(nn.Module):
         self.feature_specs = {
             p: FeatureSpec(channels, specs[c].stride) for c, p in self.names.items()
         }
-        self.subsample_p5 = "c6" not in specs
-        if self.subsample_p5:
-            self.feature_specs["p6"] = FeatureSpec(channels, 2 * strides[-1])
+        self.extra = ""
+        if "c6" not in specs:
+            self.extra = f"p{int(list(specs)[-1][1:]) + 1}"
+            self.feature_specs[self.extra] = FeatureSpec(channels, 2 * strides[-1])
 
     def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Levels (N, channels, H / stride, W / stride), finest first."""
         merged = self.merge(maps)
         levels = {p: self.output[p](merged[p]) for p in self.names.values()}
-        if self.subsample_p5:
-            levels["p6"] = F.max_pool2d(levels["p5"], 1, 2)
+        if self.extra:
+            levels[self.extra] = F.max_pool2d(levels[next(reversed(levels))], 1, 2)
         return levels
 
     def merge(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
