@@ -15,8 +15,8 @@ POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 CROWD_SHARE = 0.7
 """A box with this share of its area inside one crowd region is not background."""
 
-_CHUNK = 1 << 21
-"""Largest number of IoUs held at once."""
+_CHUNK = 1 << 18
+"""Largest number of IoUs held at once: a few megabytes, so that they stay in the cache."""
 
 
 @dataclass
