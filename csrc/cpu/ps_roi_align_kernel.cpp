@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "common/macros.h"
 #include "common/simd.h"
@@ -13,6 +14,10 @@ namespace detkit::cpu {
 namespace {
 
 constexpr int kVectors(int vector_lanes) { return kPsLanes / vector_lanes; }
+
+// An integer of A's width, so that comparisons of A select it.
+template <class A>
+using LaneIndex = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
 // One bin of one image, and a block of output channels.
 struct Item {
@@ -85,32 +90,39 @@ int corners_of(const Taps<A>& y, const Taps<A>& x, int64_t width, Corner<A> (&co
   return count;
 }
 
-// The maximum of one box's bin to `pooled` and the first sample that attains it to `winner`; a NaN
-// sample wins.
+// The maximum of one box's bin to `pooled` (lanes) and the first sample that attains it to `winner`
+// (lanes, as wide as A); a NaN sample wins.
 template <class A>
 DETKIT_CLONES void pool_max(const A* map, int64_t width, const RoiSamples<A>& box, const Item& item,
-                            A* pooled, int32_t* winner) {
-  std::fill_n(pooled, kPsLanes, -std::numeric_limits<A>::infinity());
-  std::fill_n(winner, kPsLanes, 0);
+                            A* pooled, LaneIndex<A>* winner) {
+  using V = typename Vector<A>::type;
+  using I = typename Vector<LaneIndex<A>>::type;
+  constexpr int kCount = kVectors(Vector<A>::lanes);
   const Taps<A>* rows = box.rows.data() + item.row * box.grid_down;
   const Taps<A>* columns = box.columns.data() + item.column * box.grid_across;
+  V best[kCount];
+  I first[kCount] = {};
+  for (int v = 0; v < kCount; ++v) best[v] = V{} - std::numeric_limits<A>::infinity();
   for (int64_t i = 0; i < box.grid_down; ++i) {
     for (int64_t j = 0; j < box.grid_across; ++j) {
       Corner<A> corners[4];
       const int count = corners_of(rows[i], columns[j], width, corners);
-      A value[kPsLanes] = {};
+      V value[kCount] = {};
       for (int k = 0; k < count; ++k) {
-        const A* pixel = map + corners[k].offset;
-        for (int c = 0; c < kPsLanes; ++c) value[c] += corners[k].weight * pixel[c];
+        const auto* pixel = reinterpret_cast<const V*>(map + corners[k].offset);
+        for (int v = 0; v < kCount; ++v) value[v] += corners[k].weight * pixel[v];
       }
-      const auto sample = static_cast<int32_t>(i * box.grid_across + j);
-      for (int c = 0; c < kPsLanes; ++c) {
-        const bool wins =
-            (value[c] > pooled[c]) | ((value[c] != value[c]) & (pooled[c] == pooled[c]));
-        pooled[c] = wins ? value[c] : pooled[c];
-        winner[c] = wins ? sample : winner[c];
+      const I sample = I{} + static_cast<LaneIndex<A>>(i * box.grid_across + j);
+      for (int v = 0; v < kCount; ++v) {
+        const I wins = (value[v] > best[v]) | ((value[v] != value[v]) & (best[v] == best[v]));
+        best[v] = wins ? value[v] : best[v];
+        first[v] = wins ? sample : first[v];
       }
     }
+  }
+  for (int v = 0; v < kCount; ++v) {
+    reinterpret_cast<V*>(pooled)[v] = best[v];
+    reinterpret_cast<I*>(winner)[v] = first[v];
   }
 }
 
@@ -176,10 +188,12 @@ void ps_roi_align_forward(const PsRoiAlignPlan<A>& plan, const T* input, const M
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = plan.groups.order[i], offset = output_offset(plan, r, item);
       alignas(64) A pooled[kPsLanes];
-      int32_t winner[kPsLanes];
+      alignas(64) LaneIndex<A> winner[kPsLanes];
       if (plan.reduce_max) {
         pool_max(map.get(), spec.width, plan.samples[r], item, pooled, winner);
-        for (int64_t c = 0; c < item.lanes; ++c) argmax[offset + c * bins] = winner[c];
+        for (int64_t c = 0; c < item.lanes; ++c) {
+          argmax[offset + c * bins] = static_cast<int32_t>(winner[c]);
+        }
       } else {
         pool_mean(map.get(), spec.width, plan.weights[r], item, pooled);
       }
