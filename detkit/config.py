@@ -192,6 +192,8 @@ class DataConfig:
     min_crop: float = 1.0
     """Detectors: smallest share of each side kept by a random crop when training (1 turns it off);
     classifiers: smallest share of the area kept."""
+    eval_crop: float = 0.875
+    """Classifiers: side of the central square evaluated on, as a share of the shorter side."""
     workers: int = 2
     """Loader processes."""
     on_bad_image: str = "skip"
@@ -209,6 +211,7 @@ class DataConfig:
         _one_of("data.on_bad_image", self.on_bad_image, ("skip", "fail"))
         _require(0 <= self.flip <= 1, "data.flip", "in 0..1", self.flip)
         _require(0 < self.min_crop <= 1, "data.min_crop", "in (0, 1]", self.min_crop)
+        _require(0 < self.eval_crop <= 1, "data.eval_crop", "in (0, 1]", self.eval_crop)
         _require(len(self.mean) == len(self.std) == 3, "data.mean and data.std", "three numbers", self.mean)
         _require(all(s > 0 for s in self.std), "data.std", "positive", self.std)
         _require(self.long_side >= self.short_side > 0, "data.long_side", "at least data.short_side", self.long_side)

@@ -1,6 +1,7 @@
 """AP and AR by IoU threshold and object size: tables 3 and 4 of the DetNet paper.
 
-AR is averaged over classes first; the class-agnostic one, which the paper's caption names, beside it.
+AR is averaged over classes; the class-agnostic one, which the paper's caption names, stands beside
+it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ Table = dict[str, dict[str, float | None]]
 AREAS = ("all", "small", "medium", "large")
 """Small is an area below 32**2 pixels, large one above 96**2."""
 
-IOUS = {"mean": slice(None), "0.5": slice(0, 1), "0.6": slice(2, 3), "0.7": slice(4, 5), "0.8": slice(6, 7)}
-IOUS["0.85"] = slice(7, 8)
+IOUS = {
+    "mean": slice(None),
+    "0.5": slice(0, 1),
+    "0.6": slice(2, 3),
+    "0.7": slice(4, 5),
+    "0.8": slice(6, 7),
+    "0.85": slice(7, 8),
+}
 """Column to its place among the thresholds .5:.05:.95; "mean" is over all ten."""
 
 
@@ -23,12 +30,13 @@ def analyse(tables: dict[str, Array], agnostic: dict[str, Array]) -> dict[str, T
     """AP and AR per area and IoU from pycocotools' arrays, at most 100 detections per image.
 
     Args:
-        tables: precision (T, R, K, A, M) and recall (T, K, A, M), matched within each class; -1 where undefined.
+        tables: precision (T, R, K, A, M) and recall (T, K, A, M), matched within each
+            class; -1 where undefined.
         agnostic: the same, matched regardless of class (K = 1).
 
     Returns:
-        {"AP": {area: {iou: value}}, "AR": …, "AR_class_agnostic": …} with the columns of `IOUS`; None where no object
-        has that area.
+        {"AP": {area: {iou: value}}, "AR": …, "AR_class_agnostic": …} with the columns
+        of `IOUS`; None where no object has that area.
     """
     return {
         "AP": _table(tables["precision"][..., -1]),
@@ -40,7 +48,8 @@ def analyse(tables: dict[str, Array], agnostic: dict[str, Array]) -> dict[str, T
 def _table(values: Array) -> Table:
     """Means over everything but the area (last axis) and the IoU threshold (first axis)."""
     return {
-        area: {iou: _mean(values[columns][..., a]) for iou, columns in IOUS.items()} for a, area in enumerate(AREAS)
+        area: {iou: _mean(values[columns][..., a]) for iou, columns in IOUS.items()}
+        for a, area in enumerate(AREAS)
     }
 
 

@@ -1,8 +1,9 @@
 """COCO metrics of a list of detections, and the detections of a model on a data set.
 
-pycocotools does the matching, in this file only. Before it sees the input, truth and results are normalised (`truth.py`,
-`results.py`) and all ids are renumbered from 1, because it takes a match with annotation id 0 for no match and counts a
-repeated id twice as the last of them. On clean input the numbers are its own.
+pycocotools does the matching; it is used in this file only. Before it sees them, truth and results
+are normalised (`truth.py`, `results.py`) and all ids renumbered from 1: it takes a match with
+annotation id 0 for no match, and counts a repeated id as that many times the last of them. On clean
+input the numbers are its own.
 """
 
 from __future__ import annotations
@@ -18,34 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from detkit.engine.analysis import analyse
+from detkit.engine.inference import inference
 from detkit.engine.results import normalise_results
+from detkit.engine.summary import numbers, per_class
 from detkit.engine.truth import normalise_truth
 from detkit.engine.voc import evaluate_voc
 from detkit.errors import DataError
 from detkit.types import Batch, CategoryMap, Detections
 
-__all__ = ["detect_dataset", "evaluate", "normalise_truth"]
+__all__ = ["detect_dataset", "evaluate", "normalise_truth", "original_boxes", "original_mask"]
 
 Record = dict[str, Any]
 Array = npt.NDArray[np.float64]
 
 METRICS = ("coco", "voc07", "voc12")
-
-# number -> (from precision or recall, index of the IoU threshold or all, index of the area, index of the most detections)
-_NUMBERS: dict[str, tuple[str, int | None, int, int]] = {
-    "AP": ("precision", None, 0, 2),
-    "AP50": ("precision", 0, 0, 2),
-    "AP75": ("precision", 5, 0, 2),
-    "APs": ("precision", None, 1, 2),
-    "APm": ("precision", None, 2, 2),
-    "APl": ("precision", None, 3, 2),
-    "AR1": ("recall", None, 0, 0),
-    "AR10": ("recall", None, 0, 1),
-    "AR100": ("recall", None, 0, 2),
-    "ARs": ("recall", None, 1, 2),
-    "ARm": ("recall", None, 2, 2),
-    "ARl": ("recall", None, 3, 2),
-}
 
 
 def evaluate(
@@ -59,63 +46,88 @@ def evaluate(
     """Score detections against COCO ground truth.
 
     Args:
-        truth: COCO ground truth ({"images", "annotations", "categories"}); left as it is.
-        results: detections in COCO's results format, boxes in original pixels; left as they are.
+        truth: COCO ground truth {"images", "annotations", "categories"}; left as it is.
+        results: detections in COCO's results format, in original pixels; left as they are.
         analysis: add AP and AR by IoU and area (DetNet, tables 3 and 4).
-        metric: "coco", or "voc07" / "voc12" for the VOC mean average precision at IoU 0.5.
-        iou_types: "bbox" and/or "segm"; by default boxes, and masks where both truth and results have them.
+        metric: "coco", or "voc07" / "voc12" for VOC's mean average precision at IoU 0.5.
+        iou_types: "bbox" and/or "segm"; by default boxes, and masks where truth and results have
+            them.
 
     Returns:
-        For "coco" ``{"bbox": {AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl}, "segm"?: {…},
-        "per_class": {name: {…}}, "images": n, "detections": n, "normalised": [line, …], "analysis"?: {…}}``, all values
-        in 0..1 and None where there is no truth to score against. ``per_class`` and ``analysis`` are of the first IoU
-        type. For VOC ``{metric: {"mAP": v}, "per_class": {name: {"AP": v}}, "images", "detections", "normalised"}``.
-        As in pycocotools, a detection that has a box is small, medium or large by its box, for masks too.
+        For "coco" ``{"bbox": {AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl},
+        "segm"?: {…}, "per_class": {name: {…}}, "images": n, "detections": n,
+        "normalised": [line, …], "analysis"?: {…}}``: values in 0..1, None where there is no
+        truth to score against; ``per_class`` and ``analysis`` are of the first IoU type.
+        For VOC ``{metric: {"mAP": v}, "per_class": {name: {"AP": v}}, "images", "detections",
+        "normalised"}``.
+        As in pycocotools, a detection with a box is small, medium or large by its box, for masks
+        too; one without a box by its mask.
 
     Raises:
         DataError: truth or results are unusable; the message says where.
+        ValueError: an unknown metric or IoU type.
     """
     if metric not in METRICS:
         raise ValueError(f"evaluate: metric must be one of {', '.join(METRICS)}, got {metric!r}")
     truth, notes = normalise_truth(truth)
-    results, more = normalise_results(results, truth)
-    counts = {"images": len(truth["images"]), "detections": len(results), "normalised": notes + more}
-    if metric != "coco":
-        year = 2007 if metric == "voc07" else 2012
-        scores = evaluate_voc(truth, results, year=year)
-        return {metric: {"mAP": scores["mAP"]}, "per_class": scores["per_class"], **counts}
-    kinds = tuple(iou_types) if iou_types is not None else _iou_types(truth, results)
+    detections, more = normalise_results(results, truth)
+    counts = {"images": len(truth["images"]), "detections": len(detections)}
+    if metric == "coco":
+        kinds = _iou_types(truth, detections) if iou_types is None else tuple(iou_types)
+        scores = _coco_scores(truth, detections, kinds, analysis)
+        if "segm" in kinds:
+            more = more + _boxes_as_masks(truth, detections)
+    else:
+        boxed = [{**d, "bbox": _box(d, _sizes(truth))} for d in detections]
+        voc = evaluate_voc(truth, boxed, year=2007 if metric == "voc07" else 2012)
+        scores = {metric: {"mAP": voc["mAP"]}, "per_class": voc["per_class"]}
+    return {**scores, **counts, "normalised": notes + more}
+
+
+def _iou_types(truth: Record, detections: list[Record]) -> tuple[str, ...]:
+    both = (truth["annotations"], detections)
+    masks = all(any(row.get("segmentation") for row in rows) for rows in both)
+    return ("bbox", "segm") if masks else ("bbox",)
+
+
+def _boxes_as_masks(truth: Record, detections: list[Record]) -> list[str]:
+    rows = {"annotations": truth["annotations"], "detections": detections}
+    lacking = {k: sum(not r.get("segmentation") for r in v) for k, v in rows.items()}
+    return [f"{k} without a mask, their box taken as one: {n}" for k, n in lacking.items() if n]
+
+
+def _coco_scores(
+    truth: Record, detections: list[Record], kinds: tuple[str, ...], analysis: bool
+) -> Record:
     if not kinds or not set(kinds) <= {"bbox", "segm"}:
         raise ValueError(f"evaluate: iou_types must be bbox and/or segm, got {kinds}")
-    tables = {kind: _tables(truth, results, kind) for kind in kinds}
-    scores = {kind: _numbers(table) for kind, table in tables.items()}
-    scores["per_class"] = _per_class(tables[kinds[0]], truth)
-    scores.update(counts)
+    tables = {kind: _tables(truth, detections, kind) for kind in kinds}
+    scores: Record = {kind: numbers(table) for kind, table in tables.items()}
+    names = [c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])]
+    scores["per_class"] = per_class(tables[kinds[0]], names)
     if analysis:
-        agnostic = _tables(truth, results, kinds[0], use_categories=False)
+        agnostic = _tables(truth, detections, kinds[0], use_categories=False)
         scores["analysis"] = analyse(tables[kinds[0]], agnostic)
     return scores
 
 
-def _iou_types(truth: Record, results: Sequence[Record]) -> tuple[str, ...]:
-    masks = all(any(r.get("segmentation") for r in rows) for rows in (truth["annotations"], results))
-    return ("bbox", "segm") if masks else ("bbox",)
+def _tables(
+    truth: Record, detections: list[Record], kind: str, use_categories: bool = True
+) -> dict[str, Array]:
+    """Precision (T, R, K, A, M) and recall (T, K, A, M) by pycocotools; -1 where there is no truth.
 
-
-def _tables(truth: Record, results: Sequence[Record], kind: str, use_categories: bool = True) -> dict[str, Array]:
-    """pycocotools' precision (T, R, K, A, M) and recall (T, K, A, M) arrays; -1 where there is no truth.
-
-    T IoU thresholds .5:.05:.95, R recall points 0:.01:1, K classes in order of category id (one if they do not count),
-    A areas all, small, medium, large, M most detections 1, 10, 100.
+    T IoU thresholds .5:.05:.95, R recall points 0:.01:1, K classes in order of category id (a
+    single one where categories do not count), A areas all, small, medium, large, M most detections
+    1, 10, 100 (100 alone where categories do not count).
     """
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout, which may be our JSON
-        images, annotations, detections = _renumbered(truth, results, kind)
-        names = [{"id": k} for k in range(1, len(truth["categories"]) + 1)]
-        scorer = COCOeval(_coco(images, annotations, names), _coco(images, detections, names), kind)
-        scorer.params.useCats = int(use_categories)
+    images, known, found = _renumbered(truth, detections, kind)
+    names = [{"id": k} for k in range(1, len(truth["categories"]) + 1)]
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports there, which may be our JSON
+        scorer = COCOeval(_coco(images, known, names), _coco(images, found, names), kind)
         if not use_categories:
+            scorer.params.useCats = 0
             scorer.params.maxDets = [100]
         scorer.evaluate()
         scorer.accumulate()
@@ -131,66 +143,89 @@ def _coco(images: list[Record], annotations: list[Record], categories: list[Reco
     return coco
 
 
-def _renumbered(truth: Record, results: Sequence[Record], kind: str) -> tuple[list[Record], list[Record], list[Record]]:
-    """Images, annotations and detections with ids from 1; the order of images and categories is that of their ids."""
-    order = sorted(truth["images"], key=lambda image: (isinstance(image["id"], str), image["id"]))
-    image_ids = {image["id"]: n for n, image in enumerate(order, 1)}
+def _renumbered(
+    truth: Record, detections: list[Record], kind: str
+) -> tuple[list[Record], list[Record], list[Record]]:
+    """Images, annotations and detections as pycocotools wants them, all ids counted from 1.
+
+    Images and categories keep the order of their ids, which decides between equal scores.
+    """
+    order = sorted(
+        (image["id"] for image in truth["images"]), key=lambda i: (isinstance(i, str), i)
+    )
+    image_ids = {image: n for n, image in enumerate(order, 1)}
     category_ids = {c: k for k, c in enumerate(sorted(c["id"] for c in truth["categories"]), 1)}
-    images = [{"id": n, **_size(image, kind)} for n, image in enumerate(order, 1)]
+    sizes = _sizes(truth)
 
-    def renumber(n: int, row: Record, box: Sequence[float], area: float, score: float, crowd: int) -> Record:
-        ids = {"id": n, "image_id": image_ids[row["image_id"]], "category_id": category_ids[row["category_id"]]}
-        shape = {"segmentation": row.get("segmentation") or _rectangle(box)} if kind == "segm" else {}
-        return {**ids, "bbox": list(box), "area": area, "score": score, "iscrowd": crowd, **shape}
+    def row(n: int, record: Record) -> Record:
+        box = _box(record, sizes)
+        new = {
+            "id": n,
+            "image_id": image_ids[record["image_id"]],
+            "category_id": category_ids[record["category_id"]],
+            "bbox": box,
+            "area": record.get("area", box[2] * box[3]),
+            "iscrowd": record.get("iscrowd", 0),
+        }
+        if kind == "segm":
+            new["segmentation"] = _mask(record, box, sizes)
+        return new
 
-    annotations = [
-        renumber(n, a, a["bbox"], a["area"], 0.0, a["iscrowd"]) for n, a in enumerate(truth["annotations"], 1)
+    def detection(n: int, record: Record) -> Record:
+        own = {k: v for k, v in record.items() if k not in ("area", "iscrowd")}
+        if not own.get("bbox"):
+            own["area"] = _mask_area(own, sizes)
+        return {**row(n, own), "score": record["score"]}
+
+    known = [row(n, a) for n, a in enumerate(truth["annotations"], 1)]
+    found = [detection(n, d) for n, d in enumerate(detections, 1)]
+    images = [
+        {"id": n, "height": sizes[i][0], "width": sizes[i][1]} if i in sizes else {"id": n}
+        for i, n in image_ids.items()
     ]
-    detections = [renumber(n, r, *_box_and_area(r), r["score"], 0) for n, r in enumerate(results, 1)]
-    return images, annotations, detections
+    return images, known, found
 
 
-def _size(image: Record, kind: str) -> Record:
-    if kind == "bbox":
-        return {}
-    if "height" not in image or "width" not in image:
-        raise DataError(f"truth: images need height and width to score masks, image {image['id']!r} has none")
-    return {"height": image["height"], "width": image["width"]}
+Sizes = dict[int | str, tuple[int, int]]
 
 
-def _rectangle(box: Sequence[float]) -> list[list[float]]:
-    x, y, w, h = box
-    return [[x, y, x, y + h, x + w, y + h, x + w, y]]
+def _sizes(truth: Record) -> Sizes:
+    """(height, width) by image id, of the images that state them."""
+    stated = (i for i in truth["images"] if "height" in i and "width" in i)
+    return {i["id"]: (i["height"], i["width"]) for i in stated}
 
 
-def _box_and_area(result: Record) -> tuple[Sequence[float], float]:
-    """Box and area of a detection as pycocotools takes them: those of the box, else those of the mask."""
-    box = result.get("bbox")
-    if box:
-        return box, box[2] * box[3]
+def _box(record: Record, sizes: Sizes) -> list[float]:
+    """Its box, or that around its mask."""
     from pycocotools import mask
 
-    segmentation = result["segmentation"]
-    return mask.toBbox(segmentation).tolist(), float(mask.area(segmentation))
+    if record.get("bbox"):
+        return list(record["bbox"])
+    return [float(v) for v in mask.toBbox(_mask(record, [], sizes))]
 
 
-def _numbers(table: dict[str, Array]) -> dict[str, float | None]:
-    """The twelve numbers, averaged over the classes that have truth."""
-    numbers = {}
-    for name, (source, threshold, area, most) in _NUMBERS.items():
-        values = table[source][..., area, most]  # precision (T, R, K) or recall (T, K)
-        values = values if threshold is None else values[threshold]
-        values = values[values > -1]
-        numbers[name] = float(values.mean()) if values.size else None
-    return numbers
+def _mask_area(record: Record, sizes: Sizes) -> float:
+    from pycocotools import mask
+
+    return float(mask.area(_mask(record, [], sizes)))
 
 
-def _per_class(table: dict[str, Array], truth: Record) -> dict[str, dict[str, float | None]]:
-    ordered = sorted(truth["categories"], key=lambda c: c["id"])
-    return {
-        category["name"]: _numbers({"precision": table["precision"][:, :, [k]], "recall": table["recall"][:, [k]]})
-        for k, category in enumerate(ordered)
-    }
+def _mask(record: Record, box: list[float], sizes: Sizes) -> Record:
+    """Compressed run lengths of its mask, or of its box where it has none."""
+    from pycocotools import mask
+
+    shape = record.get("segmentation")
+    if isinstance(shape, dict) and not isinstance(shape["counts"], list):
+        return shape
+    if record["image_id"] not in sizes:
+        raise DataError(f"truth: image {record['image_id']!r} must have height and width, got none")
+    height, width = sizes[record["image_id"]]
+    if isinstance(shape, dict):
+        return dict(mask.frPyObjects(shape, height, width))
+    if not shape:
+        x, y, w, h = box
+        shape = [[x, y, x, y + h, x + w, y + h, x + w, y]]
+    return dict(mask.merge(mask.frPyObjects(shape, height, width)))
 
 
 def detect_dataset(
@@ -201,62 +236,67 @@ def detect_dataset(
     *,
     on_batch: Callable[[Batch], None] | None = None,
 ) -> list[Record]:
-    """Detections of ``model`` on every image, as COCO results in the pixels of the original files.
+    """Detections of ``model`` on every image, as COCO results in the pixels of the files.
 
     Args:
-        model: has ``detect(images, sizes) -> list[Detections]``, labels 1..K; put in eval mode here and back after.
-        batches: each image once; ``original_sizes`` None means that the images were not resized.
+        model: has ``detect(images, sizes) -> list[Detections]``, labels 1..K; in eval mode here.
+        batches: each image once; ``original_sizes`` None means that they were not resized.
         categories: labels to the data set's category ids.
         device: where the images go.
         on_batch: called after each batch, for progress.
 
     Returns:
-        one {"image_id", "category_id", "bbox" [x, y, width, height], "score", "segmentation"?} per detection; boxes are
-        clipped to the image, masks are compressed run lengths.
+        one {"image_id", "category_id", "bbox" [x, y, width, height], "score", "segmentation"?} per
+        detection; boxes are clipped to the image, masks are compressed run lengths.
     """
-    was_training = model.training
-    model.eval()
     results: list[Record] = []
-    try:
-        # not inference_mode: anchors a model keeps from here could not be used in training any more
-        with torch.no_grad():
-            for batch in batches:
-                detections = model.detect(batch.images.to(device), batch.sizes)  # type: ignore[operator]
-                results.extend(_batch_results(batch, detections, categories))
-                if on_batch is not None:
-                    on_batch(batch)
-    finally:
-        model.train(was_training)
+    with inference(model):
+        for batch in batches:
+            found = model.detect(batch.images.to(device), batch.sizes)  # type: ignore[operator]
+            results.extend(_batch_results(batch, found, categories))
+            if on_batch is not None:
+                on_batch(batch)
     return results
 
 
-def _batch_results(batch: Batch, detections: Sequence[Detections], categories: CategoryMap) -> list[Record]:
+def _batch_results(
+    batch: Batch, detections: Sequence[Detections], categories: CategoryMap
+) -> list[Record]:
     if not len(detections) == len(batch.image_ids) == len(batch.sizes):
         raise ValueError(
-            f"detect_dataset: detect must give one result for each of {len(batch.sizes)} images "
-            f"with ids, got {len(detections)} results and {len(batch.image_ids)} ids"
+            f"detect_dataset: each of {len(batch.sizes)} images must have an id and detections, "
+            f"got {len(batch.image_ids)} ids and {len(detections)} detections"
         )
-    original_sizes = batch.sizes if batch.original_sizes is None else batch.original_sizes
-    results = []
-    for image_id, found, size, original in zip(
-        batch.image_ids, detections, batch.sizes.tolist(), original_sizes.tolist(), strict=True
-    ):
-        results.extend(_image_results(image_id, found, size, original, categories))
-    return results
+    originals = batch.sizes if batch.original_sizes is None else batch.original_sizes
+    return [
+        result
+        for image_id, found, size, original in zip(
+            batch.image_ids, detections, batch.sizes.tolist(), originals.tolist(), strict=True
+        )
+        for result in _image_results(image_id, found, size, original, categories)
+    ]
 
 
 def _image_results(
-    image_id: int | str, found: Detections, size: list[int], original: list[int], categories: CategoryMap
+    image_id: int | str,
+    found: Detections,
+    size: list[int],
+    original: list[int],
+    categories: CategoryMap,
 ) -> list[Record]:
-    """COCO results of one image; ``size`` and ``original`` are (height, width) as detected and as on disk."""
+    """COCO results of one image; ``size`` (height, width) as detected, ``original`` as a file."""
     boxes = original_boxes(found["boxes"], size, original)
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # xyxy to xywh
-    labels = found["labels"].tolist()
+    labels, scores = found["labels"].tolist(), found["scores"].tolist()
     if labels and not 1 <= min(labels) <= max(labels) <= len(categories):
-        raise ValueError(f"detect_dataset: labels must be in 1..{len(categories)}, got {min(labels)}..{max(labels)}")
-    results = [
-        {"image_id": image_id, "category_id": categories.category_id(label), "bbox": box, "score": score}
-        for label, box, score in zip(labels, boxes.tolist(), found["scores"].tolist(), strict=True)
+        raise ValueError(
+            f"detect_dataset: labels must be in 1..{len(categories)}, "
+            f"got {min(labels)}..{max(labels)}"
+        )
+    ids = [categories.category_id(label) for label in labels]
+    results: list[Record] = [
+        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        for category_id, box, score in zip(ids, boxes.tolist(), scores, strict=True)
     ]
     if "masks" in found:
         for result, mask in zip(results, found["masks"], strict=True):
@@ -265,9 +305,15 @@ def _image_results(
 
 
 def original_boxes(boxes: Tensor, size: Sequence[int], original: Sequence[int]) -> Tensor:
-    """Boxes (R, 4) xyxy of an image resized to ``size`` (height, width), in pixels of its ``original`` size, clipped.
+    """Boxes of a resized image in pixels of the file, clipped to it.
 
-    Returns float64 on the CPU; each axis has its own factor, because the resized sides are whole pixels.
+    Args:
+        boxes: (R, 4) xyxy in pixels of the resized image.
+        size: (height, width) of the resized image; whole pixels, so each axis has its own factor.
+        original: (height, width) of the file.
+
+    Returns:
+        (R, 4) xyxy float64 on the CPU.
     """
     limits = torch.tensor([original[1], original[0]] * 2, dtype=torch.float64)
     given = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
@@ -276,9 +322,12 @@ def original_boxes(boxes: Tensor, size: Sequence[int], original: Sequence[int]) 
 
 
 def original_mask(mask: Tensor, size: Sequence[int], original: Sequence[int]) -> Tensor:
-    """Mask (H, W) of a padded, resized image as bool (height, width) of the original; bilinear, threshold one half."""
+    """Mask (H, W) of a resized, padded image as bool (height, width) of the file.
+
+    Resampled bilinearly and cut at one half; ``size`` and ``original`` as in `original_boxes`.
+    """
     cut = mask[: size[0], : size[1]].detach().cpu().float()[None, None]  # (1, 1, h, w)
-    resized = nn.functional.interpolate(cut, size=tuple(original), mode="bilinear", align_corners=False)
+    resized = nn.functional.interpolate(cut, size=tuple(original), mode="bilinear")
     return resized[0, 0] >= 0.5
 
 

@@ -1,8 +1,9 @@
-"""COCO results: a list of {"image_id", "category_id", "bbox" [x, y, width, height], "score", "segmentation"?}.
+"""COCO results: a list of {"image_id", "category_id", "bbox", "score", "segmentation"?}.
 
-Refused, with the row: missing keys, wrong types, unknown image or category ids, a score that is not finite, a mask that
-does not fit its image. Kept and counted: a box that is not finite or has a negative side becomes a box of size 0, a false
-positive that overlaps nothing (pycocotools lets a NaN box match whatever truth comes first).
+Refused, with the row: missing keys, wrong types, unknown image or category ids, a score that is not
+finite, a mask that does not fit its image. Kept and counted: a box that is not finite or has a
+negative side becomes one of size 0, a false positive that overlaps nothing (pycocotools lets a NaN
+box match whatever truth comes last).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ def read_results(path: str | Path, truth: Record) -> list[Record]:
     """The detections of a COCO results file, checked against ``truth``.
 
     Args:
-        path: a JSON list of detections; boxes are [x, y, width, height] in pixels of the original images.
+        path: a JSON list of detections; boxes are in pixels of the original images.
         truth: COCO ground truth whose image and category ids the detections use.
 
     Raises:
-        DataError: the file cannot be read, is not such a list, or a row is unusable (the message names it).
+        DataError: the file cannot be read, is no such list, or a row is unusable (it is named).
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -43,7 +44,7 @@ def read_results(path: str | Path, truth: Record) -> list[Record]:
 def normalise_results(
     results: Sequence[Record], truth: Record, *, source: str = "results"
 ) -> tuple[list[Record], list[str]]:
-    """Copies of the detections that satisfy the rules of this file, and one line per rule that was applied.
+    """Copies of the detections that satisfy the rules of this file, and a line per rule applied.
 
     Args:
         results: detections in COCO's results format.
@@ -78,7 +79,7 @@ def _check_row(where: str, result: object, images: dict[Any, Record], categories
         if key not in result:
             raise DataError(f"{where}: must have {key!r}, got the keys {sorted(result)}")
     if not result.get("bbox") and not result.get("segmentation"):
-        raise DataError(f"{where}: must have 'bbox' or 'segmentation', got the keys {sorted(result)}")
+        raise DataError(f"{where}: must have 'bbox' or 'segmentation', got {sorted(result)}")
     _check_id(where, "image_id", result["image_id"], images)
     _check_id(where, "category_id", result["category_id"], categories)
     score = result["score"]
@@ -99,7 +100,8 @@ def _check_id(where: str, key: str, value: object, known: Any) -> None:
         hint = "; write the id as a number"
     elif usable and str(value) in known:
         hint = "; write the id as text"
-    raise DataError(f"{where}: {key} must be one of the {len(known)} in the truth, got {value!r}{hint}")
+    must = f"must be one of the {len(known)} in the truth"
+    raise DataError(f"{where}: {key} {must}, got {value!r}{hint}")
 
 
 def _is_real(value: object) -> bool:
@@ -119,9 +121,9 @@ def _check_mask(where: str, mask: object, image: Record) -> None:
     height, width = image.get("height", 0), image.get("width", 0)
     if isinstance(mask, list):
         if len(rle.usable_polygons(mask)) != len(mask):
-            raise DataError(f"{where}: polygons must have three points or more, all finite, got {mask!r:.80}")
+            must = "must have three points or more, all finite"
+            raise DataError(f"{where}: polygons {must}, got {str(mask)[:80]}")
     elif not rle.fits(mask, height, width):
         size = mask.get("size") if isinstance(mask, dict) else mask
-        raise DataError(
-            f"{where}: segmentation must be run lengths of its image's size [{height}, {width}], got size {size!r:.80}"
-        )
+        must = f"must be run lengths that fill its image's size [{height}, {width}]"
+        raise DataError(f"{where}: segmentation {must}, got size {str(size)[:80]}")

@@ -1,7 +1,7 @@
-"""What a COCO segmentation says without decoding it: run lengths, area and whether it fits its image.
+"""What a COCO segmentation says without decoding it: run lengths, area, whether it fits its image.
 
-pycocotools reads run lengths in C without checking them against the image, reads a polygon of two points as a box, and
-gives masks of another size IoU -1; all of this is caught here. Numpy only.
+pycocotools reads run lengths without checking them against the image, takes a polygon of two points
+for a box and stops, and gives masks of another size IoU -1; all of this is caught here. Numpy only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Runs = npt.NDArray[np.int64]
 
 
 def run_lengths(counts: object) -> Runs | None:
-    """Run lengths (background first) of a list of ints or of COCO's compressed text; None where it is neither.
+    """Run lengths (background first) from a list of ints or COCO's compressed text, else None.
 
-    The text holds each number in groups of 5 bits, low bits first, as characters from 48 on: bit 32 says that another
-    group follows, bit 16 of the last group is the sign. From the fourth number on, the difference to the number
-    two places before is stored.
+    The text holds each number in groups of 5 bits, low bits first, as characters from 48 on: bit 32
+    says that another group follows, bit 16 of the last group is the sign. From the fourth number on
+    it is the difference to the number two places before that is stored.
     """
     if isinstance(counts, list):
         if not all(isinstance(c, int) and not isinstance(c, bool) for c in counts):
@@ -42,7 +42,7 @@ def _decompress(text: bytes) -> Runs | None:
     place = np.arange(codes.size) - np.repeat(starts, ends - starts + 1)
     if place.max() > 7:  # more than 40 bits: no image has such runs
         return None
-    numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
+    numbers: Runs = np.add.reduceat((codes & 31) << (5 * place), starts)
     negative = (codes[ends] & 16) != 0
     numbers = numbers - (negative.astype(np.int64) << (5 * (place[ends] + 1)))
     numbers[1::2] = np.cumsum(numbers[1::2])
@@ -59,7 +59,7 @@ def fits(segmentation: object, height: int, width: int) -> bool:
 
 
 def usable_polygons(segmentation: object) -> list[list[float]]:
-    """The polygons that have at least three points, an even number of coordinates and only finite ones."""
+    """The polygons with at least three points, complete pairs and finite coordinates."""
     if not isinstance(segmentation, list):
         return []
     return [p for p in segmentation if _is_polygon(p)]
@@ -82,3 +82,13 @@ def mask_area(segmentation: list[list[float]] | dict[str, Any]) -> float:
 def _polygon_area(points: npt.NDArray[np.float64]) -> float:
     x, y = points[:, 0], points[:, 1]  # (P,)
     return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
+
+
+def decode(segmentation: dict[str, Any]) -> npt.NDArray[np.uint8]:
+    """The mask (H, W) of run lengths that fit their "size": 1 inside, runs go down the columns."""
+    height, width = segmentation["size"]
+    runs = run_lengths(segmentation["counts"])
+    if runs is None or not fits(segmentation, height, width):
+        raise ValueError(f"rle: run lengths must fill their size, got size {segmentation['size']}")
+    flat = np.repeat(np.arange(runs.size, dtype=np.uint8) % 2, runs)
+    return flat.reshape(width, height).T

@@ -3,19 +3,20 @@
 The rules, in order (pycocotools is silently wrong on most of these, and stops on the rest):
 
 - an image listed twice counts once; annotations of unknown images or categories are dropped;
-- a box that is missing, not finite, or of no positive size can match nothing (or, when NaN, everything): dropped,
-  save where usable polygons give the box;
-- `iscrowd` that is missing or not 0/1 becomes 0;
-- a segmentation that is no polygon of three points and no run lengths of the image's size is removed;
-- `area` that is missing, not finite or negative becomes the mask's, or the box's where there is no mask;
-- annotation ids that are missing, repeated, or not positive integers (pycocotools takes a match with id 0 for none)
-  make all ids be renumbered from 1; a repeated id on the very same object is one object.
+- a segmentation that is neither polygons of three points nor run lengths of the image's size is
+  removed;
+- a box that is missing, not finite, or of no positive size can match nothing (or, when NaN,
+  anything): dropped, save where usable polygons give the box;
+- `iscrowd` that is missing or not 0 or 1 becomes 0;
+- `area` that is missing, not finite or negative becomes the mask's, or the box's without a mask;
+- annotation ids that are missing, repeated, or not positive integers (pycocotools takes a match
+  with id 0 for none) make all ids be renumbered from 1; one id twice on the very same object is one
+  object.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 from detkit.engine import rle
@@ -25,10 +26,11 @@ Record = dict[str, Any]
 
 
 def normalise_truth(truth: Record) -> tuple[Record, list[str]]:
-    """A copy of COCO ground truth that satisfies the rules of this file, and one line per rule that was applied.
+    """A copy of COCO ground truth that follows this file's rules, with a line per rule applied.
 
     Args:
-        truth: {"images", "annotations", "categories"}; boxes are [x, y, width, height] in pixels. Left as it is.
+        truth: {"images", "annotations", "categories"}; boxes are [x, y, width, height] in
+            pixels. Left as it is.
 
     Returns:
         the copy (annotations of clean input keep their ids, order and values), and lines such as
@@ -50,8 +52,8 @@ def normalise_truth(truth: Record) -> tuple[Record, list[str]]:
         if kept is not None:
             annotations.append(kept)
     annotations = _renumber(annotations, notes)
-    clean = {**truth, "images": list(images.values()), "annotations": annotations, "categories": categories}
-    return clean, notes.lines()
+    lists = {"images": list(images.values()), "annotations": annotations, "categories": categories}
+    return {**truth, **lists}, notes.lines()
 
 
 class _Notes:
@@ -81,7 +83,8 @@ def _categories(categories: list[Record]) -> list[Record]:
             raise DataError(f"truth: categories[{row}] must have an integer id, got {category!r}")
         name = str(category.get("name", identity))
         if identity in seen or name in seen:
-            raise DataError(f"truth: category ids and names must be unique, got {identity} {name!r} twice")
+            twice = f"{identity} {name!r} twice"
+            raise DataError(f"truth: category ids and names must be unique, got {twice}")
         seen.update((identity, name))
         named.append({**category, "name": name})
     if not named:
@@ -107,7 +110,11 @@ def _is_id(value: object, kind: type) -> bool:
 
 
 def _annotation(
-    row: int, annotation: object, images: dict[int | str, Record], category_ids: set[int], notes: _Notes
+    row: int,
+    annotation: object,
+    images: dict[int | str, Record],
+    category_ids: set[int],
+    notes: _Notes,
 ) -> Record | None:
     if not isinstance(annotation, dict):
         raise DataError(f"truth: annotations[{row}] must be an object, got {annotation!r}")
@@ -141,7 +148,7 @@ def _number(value: object) -> bool:
 
 
 def _fix_segmentation(annotation: Record, image: Record, identity: object, notes: _Notes) -> None:
-    """Keep usable polygons or run lengths; remove the key where nothing is usable ([] and None are plain absence)."""
+    """Keep usable polygons or run lengths, else remove the key ([] and None are plain absence)."""
     given = annotation.pop("segmentation", None)
     if not given:
         return
@@ -156,8 +163,7 @@ def _fix_segmentation(annotation: Record, image: Record, identity: object, notes
 
 def _fix_box(annotation: Record, identity: object, notes: _Notes) -> bool:
     """True where the annotation has a box of positive size, taken from its polygons if need be."""
-    box = annotation.get("bbox")
-    if isinstance(box, list | tuple) and len(box) == 4 and all(_number(v) for v in box) and min(box[2:]) > 0:
+    if _is_box(annotation.get("bbox")):
         return True
     mask = annotation.get("segmentation")
     if isinstance(mask, list):
@@ -171,11 +177,15 @@ def _fix_box(annotation: Record, identity: object, notes: _Notes) -> bool:
     return False
 
 
+def _is_box(box: object) -> bool:
+    if not isinstance(box, list | tuple) or len(box) != 4:
+        return False
+    return all(_number(v) for v in box) and min(box[2:]) > 0
+
+
 def _renumber(annotations: list[Record], notes: _Notes) -> list[Record]:
     ids = [a.get("id") for a in annotations]
-    times = Counter(str(i) for i in ids)
-    good = all(_is_id(i, int) and i > 0 for i in ids) and len(times) == len(ids)  # type: ignore[operator]
-    if good:
+    if all(_is_positive(i) for i in ids) and len(set(ids)) == len(ids):
         return annotations
     kept: list[Record] = []
     first: dict[str, list[Record]] = {}
@@ -185,11 +195,15 @@ def _renumber(annotations: list[Record], notes: _Notes) -> list[Record]:
         if identity is not None and any(_same_object(annotation, other) for other in same):
             notes.add("annotations dropped, the same object twice under one id", identity)
             continue
-        if not (_is_id(identity, int) and identity > 0) or same:  # type: ignore[operator]
+        if same or not _is_positive(identity):
             notes.add("annotation ids missing, repeated or not positive, all renumbered", identity)
         same.append(annotation)
         kept.append(annotation)
     return [{**a, "id": n} for n, a in enumerate(kept, 1)]
+
+
+def _is_positive(identity: object) -> bool:
+    return isinstance(identity, int) and not isinstance(identity, bool) and identity > 0
 
 
 def _same_object(a: Record, b: Record) -> bool:

@@ -1,0 +1,92 @@
+# `make test` and `make demo` do all the set-up from nothing.
+# `make test VENV= PY=python3` uses that Python as it is and installs nothing.
+PY ?= python3
+VENV ?= .venv
+DETKIT_SHARED ?= ../shared
+export MAX_JOBS ?= 2
+export PATH := $(if $(VENV),$(abspath $(VENV))/bin:)$(PATH)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+ifneq ($(wildcard .peer/torchvision_cpu.py),)
+export DETKIT_PEER ?= $(CURDIR)/.peer
+endif
+
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PY))
+PIP := $(RUN) -m pip install -q -c constraints.txt
+DEPS := $(if $(VENV),$(VENV)/.deps)
+CSRC := $(shell find csrc -type f)
+CMAKE = cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(shell command -v $(RUN)))
+
+.PHONY: setup build test test-gpu kernels peer gpu bench fmt lint types check ctest sanitize demo clean FORCE
+
+setup: $(DEPS)
+build: build/.ext
+
+# torch first and by its pin: an open requirement would fetch another, CUDA build of it.
+$(VENV)/.deps: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PY) -m venv $(VENV)
+	$(PIP) torch "setuptools>=77" ninja pybind11
+	DETKIT_SKIP_EXT=1 $(PIP) --no-build-isolation -C editable_mode=compat -e ".[dev,plots]"
+	touch $@
+
+# What the built files depend on besides the sources; written anew only when it changes.
+build/.abi: $(DEPS) FORCE
+	@mkdir -p build
+	@$(RUN) -c "import sys, importlib.metadata as m; print(sys.version, m.version('torch'), '$(DETKIT_CUDA)$(FORCE_CUDA)')" > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else rm -rf build/temp.* build/cmake* detkit/_C*.so; mv $@.new $@; fi
+
+build/.ext: build/.abi setup.py $(CSRC)
+	$(RUN) setup.py -q build_ext --inplace
+	@touch $@
+
+test: build/.ext
+	$(RUN) -m pytest tests
+
+test-gpu: build/.ext
+	$(RUN) -m pytest tests -m gpu
+
+# The C++ tests; `sanitize` runs them again under AddressSanitizer and UndefinedBehaviorSanitizer.
+ctest: build/.abi
+	$(CMAKE) -S . -B build/cmake
+	cmake --build build/cmake -j $(MAX_JOBS)
+	ctest --test-dir build/cmake --output-on-failure --no-tests=error
+
+sanitize: build/.abi
+	$(CMAKE) -S . -B build/cmake-sanitize -DDETKIT_SANITIZE=ON
+	cmake --build build/cmake-sanitize -j $(MAX_JOBS)
+	ctest --test-dir build/cmake-sanitize --output-on-failure --no-tests=error
+
+# Compiles, links and imports the CUDA kernels; needs nvcc, but neither a GPU nor a CUDA torch.
+kernels: $(DEPS)
+	$(RUN) tools/cuda_dry_build.py
+
+# The torchvision that tests and benchmarks compare with.
+peer: $(DEPS)
+	$(DETKIT_SHARED)/tools/torchvision_cpu/setup.sh .peer
+
+# Everything that needs a GPU: build, tests, benchmarks.
+gpu:
+	PYTHON=$(RUN) tools/gpu.sh
+
+bench: build/.ext
+	$(RUN) benchmarks/ops.py --json build/bench_ops.json
+
+fmt: $(DEPS)
+	$(RUN) -m ruff check -q --fix .
+	$(RUN) -m ruff format -q .
+	clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+
+lint: $(DEPS)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+
+types: $(DEPS)
+	$(RUN) -m mypy
+
+check: lint types test kernels
+
+demo: build/.ext
+	$(RUN) -m detkit demo
+
+clean:
+	rm -rf build dist detkit/_C*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

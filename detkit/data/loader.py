@@ -1,0 +1,404 @@
+"""Batches: which images each step takes, in which view, and the processes that read them.
+
+Nothing here remembers how far it has come. The images of step t and every random choice about them follow from
+(seed, t) alone, so resuming is starting at another step, and any number of worker processes gives the same batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import PCG64, Generator, SeedSequence
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from detkit.config import Config
+from detkit.data import transforms
+from detkit.data.dataset import ClassificationDataset, DetectionDataset
+from detkit.data.problems import ImageProblem
+from detkit.errors import ConfigError, DataError
+from detkit.types import Batch, ClassificationBatch, Target
+
+_log = logging.getLogger("detkit.data")
+
+# One stream of chance per purpose, so that no two choices share numbers.
+_ORDER, _MIX, _SCALE, _VIEW = range(4)
+# Steps whose images are sorted by orientation together, where a set has both.
+_WINDOW = 16
+
+AnyDataset = DetectionDataset | ClassificationDataset
+AnyBatch = Batch | ClassificationBatch
+
+
+@dataclass(frozen=True)
+class Key:
+    """One sample: which image, in which pass over the data, and the shorter side of its view."""
+
+    index: int
+    epoch: int
+    short_side: int
+
+
+def steps_per_epoch(dataset: AnyDataset, config: Config) -> float:
+    """Optimiser steps in which as many images are seen as the split has."""
+    return len(dataset) / config.train.batch_size
+
+
+def train_batches(
+    dataset: AnyDataset, config: Config, *, start_step: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[list[Any]]:
+    """Endless training batches from step ``start_step`` on.
+
+    Args:
+        dataset: The training split.
+        config: ``data`` for size, augmentation and workers; ``train`` for batch size, parts and seed.
+        start_step: First step to give.
+        rank: This process's number.
+        world: How many processes share each batch.
+
+    Yields:
+        This rank's share of a step's batch, as a list of ``config.train.accumulate`` batches of equal length.
+
+    Raises:
+        ConfigError: the batch size cannot be split evenly.
+        DataError: no image can be read, or one cannot and ``data.on_bad_image`` is ``fail``.
+    """
+    parts = config.train.accumulate
+    if config.train.batch_size % (world * parts):
+        raise ConfigError(
+            f"train.batch_size: must be a multiple of processes x train.accumulate = {world}x{parts}, "
+            f"got {config.train.batch_size}"
+        )
+    plan = TrainPlan(dataset, config)
+    keys = _train_keys(plan, start_step, rank, world, parts)
+    batches = _load(_Fetcher(dataset, config, training=True), keys, dataset, config.data.workers)
+    return _grouped(batches, parts)
+
+
+def eval_batches(
+    dataset: AnyDataset, config: Config, *, batch_size: int = 1, rank: int = 0, world: int = 1
+) -> Iterator[Any]:
+    """Every image once, in order, without augmentation; rank r of w takes images r, r + w, r + 2w, ...
+
+    A file that turns out damaged is left out, logged and noted in ``dataset`` (``on_bad_image`` ``fail``: DataError).
+    Detection batches carry no targets; the truth is ``dataset.truth()``.
+    """
+    indices = range(rank, len(dataset), world)
+    keys = [
+        [Key(i, 0, config.data.short_side) for i in indices[k : k + batch_size]]
+        for k in range(0, len(indices), batch_size)
+    ]
+    workers = min(config.data.workers, len(keys))
+    return _load(_Fetcher(dataset, config, training=False), keys, dataset, workers)
+
+
+class TrainPlan:
+    """Which images, in which pass, at which scale, make up each step."""
+
+    def __init__(self, dataset: AnyDataset, config: Config) -> None:
+        if not len(dataset):
+            raise DataError(f"{dataset.source}: at least one usable image is needed, got none")
+        self.count = len(dataset)
+        self.batch_size = config.train.batch_size
+        self.seed = config.train.seed % 2**64
+        self.scales = config.data.multi_scale or (config.data.short_side,)
+        self._portrait = _portrait(dataset)
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._window: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def step(self, t: int) -> list[Key]:
+        """The samples of step ``t`` over all processes."""
+        rng = _generator(self.seed, _SCALE, t)
+        short_side = self.scales[int(rng.integers(len(self.scales)))]
+        pairs = self._pairs(t)
+        return [Key(int(i), int(e), short_side) for e, i in pairs]
+
+    def _pairs(self, t: int) -> NDArray[np.int64]:
+        """(batch_size, 2) pass and index of step ``t``'s images."""
+        if self._portrait is None:
+            return self._taken(t * self.batch_size, (t + 1) * self.batch_size)
+        number, place = divmod(t, _WINDOW)
+        if self._window[0] != number:
+            self._window = (number, self._mixed(number, self._portrait))
+        return self._window[1][place]
+
+    def _mixed(self, number: int, portrait: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """(_WINDOW, batch_size, 2): upright and lying images mostly apart, which saves padding."""
+        images = _WINDOW * self.batch_size
+        pairs = self._taken(number * images, (number + 1) * images)
+        pairs = pairs[np.argsort(portrait[pairs[:, 1]], kind="stable")]
+        order = _generator(self.seed, _MIX, number).permutation(_WINDOW)
+        return pairs.reshape(_WINDOW, self.batch_size, 2)[order]
+
+    def _taken(self, start: int, stop: int) -> NDArray[np.int64]:
+        """(stop - start, 2) pass and index at positions of the endless row of shuffled passes."""
+        epochs, places = np.divmod(np.arange(start, stop), self.count)
+        indices = [self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)]
+        return np.stack([epochs, np.array(indices, dtype=np.int64)], axis=1)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            if len(self._orders) > 8:
+                self._orders.clear()
+            self._orders[epoch] = _generator(self.seed, _ORDER, epoch).permutation(self.count)
+        return self._orders[epoch]
+
+
+def _portrait(dataset: AnyDataset) -> NDArray[np.bool_] | None:
+    """(I,) True where an image is upright, or None where all are alike or are cut square anyway."""
+    if isinstance(dataset, ClassificationDataset):
+        return None
+    upright = dataset.records.sizes[:, 0] > dataset.records.sizes[:, 1]
+    return upright if upright.any() and not upright.all() else None
+
+
+def _generator(*key: int) -> Generator:
+    return Generator(PCG64(SeedSequence(key)))
+
+
+def _train_keys(
+    plan: TrainPlan, start: int, rank: int, world: int, parts: int
+) -> Iterator[list[Key]]:
+    step = start
+    while True:
+        share = plan.step(step)[rank::world]
+        length = len(share) // parts
+        for part in range(parts):
+            yield share[part * length : (part + 1) * length]
+        step += 1
+
+
+def _grouped(batches: Iterator[Any], parts: int) -> Iterator[list[Any]]:
+    while True:
+        yield [next(batches) for _ in range(parts)]
+
+
+@dataclass
+class _Loaded:
+    """A batch on its way from a worker: big arrays as tensors, small ones as they are, and what went wrong.
+
+    Each tensor costs an open file between processes, so boxes and labels travel as plain arrays.
+    """
+
+    images: Tensor | None = None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    boxes: list[NDArray[np.float32]] = field(default_factory=list)
+    labels: list[NDArray[np.int64]] = field(default_factory=list)
+    iscrowd: list[NDArray[np.bool_]] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    image_ids: list[int | str] = field(default_factory=list)
+    original_sizes: list[tuple[int, int]] = field(default_factory=list)
+    problems: list[tuple[int, ImageProblem]] = field(default_factory=list)
+    failure: str = ""
+
+
+class _Fetcher(Dataset[_Loaded]):
+    """Turns a list of keys into a padded batch; runs in the workers."""
+
+    def __init__(self, dataset: AnyDataset, config: Config, *, training: bool) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.training = training
+
+    def __getitems__(self, keys: list[Key]) -> _Loaded:
+        loaded = _Loaded()
+        try:
+            self._fill(loaded, keys)
+        except (
+            DataError
+        ) as error:  # an exception would arrive with the worker's traceback as its message
+            loaded.failure = str(error)
+        return loaded
+
+    def _fill(self, loaded: _Loaded, keys: list[Key]) -> None:
+        views = []
+        for key in keys:
+            view = self._view(key, loaded)
+            if view is not None:
+                views.append(view)
+        if not views:
+            return
+        if isinstance(self.dataset, DetectionDataset):
+            multiple = self.config.data.pad_multiple
+            height, width = (
+                -(-max(v) // multiple) * multiple for v in zip(*loaded.sizes, strict=True)
+            )
+        else:
+            height, width = loaded.sizes[0]
+        loaded.images = torch.zeros(len(views), 3, height, width)
+        for out, view in zip(loaded.images, views, strict=True):
+            transforms.normalise_into(out, view, self.config.data.mean, self.config.data.std)
+
+    def _view(self, key: Key, loaded: _Loaded) -> Any:
+        """Pixels of one sample, its truth appended to ``loaded``; None where evaluation leaves a damaged file out."""
+        tries = len(self.dataset) if self.training else 1
+        for offset in range(tries):
+            index = (key.index + offset) % len(self.dataset)
+            try:
+                return self._sample(Key(index, key.epoch, key.short_side), loaded)
+            except ImageProblem as problem:
+                if self.dataset.on_bad_image == "fail":
+                    raise
+                loaded.problems.append((index, problem))
+        if self.training:
+            raise DataError(
+                f"{self.dataset.source}: at least one readable image is needed, got none of {tries}"
+            )
+        return None
+
+    def _sample(self, key: Key, loaded: _Loaded) -> Any:
+        if isinstance(self.dataset, DetectionDataset):
+            return self._detection(self.dataset, key, loaded)
+        return self._classification(self.dataset, key, loaded)
+
+    def _detection(self, dataset: DetectionDataset, key: Key, loaded: _Loaded) -> Any:
+        data = self.config.data
+        source = dataset.size(key.index)
+        boxes = dataset.records.boxes(key.index)
+        rng = _generator(self.config.train.seed % 2**64, _VIEW, key.epoch, key.index)
+        geometry = transforms.whole(source, key.short_side, data.long_side)
+        if self.training:
+            geometry = transforms.random_detection(
+                rng,
+                source,
+                boxes,
+                short_side=key.short_side,
+                long_side=data.long_side,
+                flip=data.flip,
+                min_crop=data.min_crop,
+            )
+        image = geometry.image(dataset.image(key.index, geometry.needed))
+        if self.training:
+            if data.color_jitter:
+                image = transforms.jitter(rng, image, data.color_jitter)
+            self._append_target(dataset, key.index, geometry, boxes, loaded)
+        loaded.sizes.append(geometry.size)
+        loaded.files.append(dataset.records.files[key.index])
+        loaded.image_ids.append(dataset.records.image_ids[key.index])
+        loaded.original_sizes.append(source)
+        return image
+
+    def _append_target(
+        self,
+        dataset: DetectionDataset,
+        index: int,
+        geometry: transforms.Geometry,
+        boxes: NDArray[np.float64],
+        loaded: _Loaded,
+    ) -> None:
+        r, span = dataset.records, dataset.records.of_image(index)
+        left, enough = transforms.still_visible(geometry, boxes)
+        # Difficult objects (VOC) and what a cut left over are neither targets nor background, as crowds are.
+        ignored = r.iscrowd[span] | r.difficult[span] | ~enough
+        loaded.boxes.append(geometry.clipped(boxes)[left].astype(np.float32))
+        loaded.labels.append(r.labels[span][left])
+        loaded.iscrowd.append(ignored[left])
+        if dataset.masks:
+            chosen = np.flatnonzero(left) + span.start
+            masks = [geometry.mask(r.segmentations[int(a)]) for a in chosen]
+            empty = np.zeros((0, *geometry.size), dtype=np.bool_)
+            loaded.masks.append(torch.from_numpy(np.stack(masks) if masks else empty))
+
+    def _classification(self, dataset: ClassificationDataset, key: Key, loaded: _Loaded) -> Any:
+        data = self.config.data
+        source = dataset.size(key.index)
+        rng = _generator(self.config.train.seed % 2**64, _VIEW, key.epoch, key.index)
+        if self.training:
+            geometry = transforms.random_classification(
+                rng, source, side=key.short_side, flip=data.flip, min_area=data.min_crop
+            )
+        else:
+            geometry = transforms.central(source, side=key.short_side, share=data.eval_crop)
+        image = geometry.image(dataset.image(key.index, geometry.needed))
+        if self.training and data.color_jitter:
+            image = transforms.jitter(rng, image, data.color_jitter)
+        loaded.sizes.append(geometry.size)
+        loaded.labels.append(dataset.labels[key.index])
+        loaded.files.append(dataset.names[key.index])
+        return image
+
+
+class _Keys:
+    """The batch sampler that torch asks for: hands out lists of keys."""
+
+    def __init__(self, keys: Iterable[list[Key]]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.keys)
+
+
+def _load(
+    fetcher: _Fetcher, keys: Iterable[list[Key]], dataset: AnyDataset, workers: int
+) -> Iterator[AnyBatch]:
+    """Batches in the order of ``keys``; the workers end when the iterator is closed or dropped."""
+    loader = DataLoader(
+        fetcher,
+        batch_sampler=_Keys(keys),  # type: ignore[arg-type]
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # else torch draws a seed from its global stream, which belongs to the model
+    )
+    for loaded in loader:
+        if loaded.failure:
+            raise DataError(loaded.failure)
+        for index, problem in loaded.problems:
+            _note(dataset, index, problem)
+        if loaded.images is not None:
+            yield _finished(loaded, isinstance(dataset, DetectionDataset))
+
+
+def _unchanged(loaded: _Loaded) -> _Loaded:
+    return loaded
+
+
+def _init_worker(_: int) -> None:
+    # Ctrl-C in a terminal reaches every process of the foreground group; the workers must outlive it, so that the
+    # main process can finish its step.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def _note(dataset: AnyDataset, index: int, problem: ImageProblem) -> None:
+    """Report a file that turned out damaged, once."""
+    if index in dataset.damaged:
+        return
+    dataset.damaged.add(index)
+    image_id = dataset.records.image_ids[index] if isinstance(dataset, DetectionDataset) else None
+    dataset.report.add(problem.rule, problem.file, problem.what, "skip", image_id)
+    _log.warning("left out: %s", problem)
+
+
+def _finished(loaded: _Loaded, detection: bool) -> AnyBatch:
+    images = loaded.images
+    if images is None:
+        raise DataError("batch: must hold an image, got none")
+    if not detection:
+        labels = torch.tensor(np.array(loaded.labels, dtype=np.int64))
+        return ClassificationBatch(images, labels, loaded.files)
+    targets = [
+        Target(
+            torch.from_numpy(boxes),
+            torch.from_numpy(loaded.labels[i]),
+            torch.from_numpy(loaded.iscrowd[i]),
+            loaded.masks[i] if loaded.masks else None,
+        )
+        for i, boxes in enumerate(loaded.boxes)
+    ]
+    return Batch(
+        images,
+        torch.tensor(loaded.sizes, dtype=torch.int64),
+        targets,
+        loaded.files,
+        loaded.image_ids,
+        torch.tensor(loaded.original_sizes, dtype=torch.int64),
+    )

@@ -1,0 +1,144 @@
+"""Finding out what lies at a path and reading one split of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from detkit.config import DataConfig
+from detkit.data import coco, folder, synthetic
+from detkit.data.clean import CleanOptions, RawSet, clean, require_usable
+from detkit.data.dataset import ClassificationDataset, DetectionDataset
+from detkit.data.problems import Report
+from detkit.data.records import PackedJson
+from detkit.errors import DataError
+from detkit.types import CategoryMap
+
+SYNTHETIC = "synthetic"
+"""The path that means the built-in set."""
+
+
+def layout(path: str) -> str:
+    """``synthetic``, ``coco`` or ``folder`` for what lies at ``path``; raises DataError with what was looked for."""
+    if path == SYNTHETIC:
+        return SYNTHETIC
+    root = Path(path)
+    if not root.exists():
+        raise DataError(
+            f"{path}: must be a data set's folder or file, or `synthetic`, got nothing there"
+        )
+    if coco.is_coco(root):
+        return "coco"
+    if root.is_dir() and folder.is_image_folder(root):
+        return "folder"
+    have = ", ".join(sorted(p.name for p in root.iterdir())[:12]) if root.is_dir() else "a file"
+    raise DataError(
+        f"{path}: must be a data set detkit reads, got {have or 'an empty folder'}; expected one of\n"
+        f"COCO\n{coco.EXPECTED}\nImageFolder\n{folder.EXPECTED}"
+    )
+
+
+def open_detection(
+    path: str, split: str, config: DataConfig, *, masks: bool = False, need_images: bool = True
+) -> DetectionDataset:
+    """Open one split of a detection set in any layout.
+
+    Args:
+        path: Folder, annotation file, or ``synthetic``.
+        split: ``train``, ``val`` or another the set has.
+        config: Image folder, pixel limit and what to do with unusable files; its own path and split are not used.
+        masks: Give targets masks; objects without one are left out.
+        need_images: False reads the annotations only, for scoring a results file.
+
+    Raises:
+        DataError: nothing readable at ``path``, no such split, no usable image, or an unusable one where
+            ``config.on_bad_image`` is ``fail``.
+    """
+    kind = layout(path)
+    if kind == SYNTHETIC:
+        return _synthetic_detection(split, config, masks=masks)
+    if kind == "folder":
+        raise DataError(
+            f"{path}: must hold boxes, got an ImageFolder set; it is for `detkit pretrain`"
+        )
+    raw = read_raw(path, kind, split, config, need_images=need_images)
+    options = CleanOptions(read_images=need_images, max_pixels=config.max_pixels, masks=masks)
+    records, report = clean(raw, options)
+    require_usable(report, raw.source, config.on_bad_image)
+    return DetectionDataset(
+        records,
+        raw.categories,
+        report,
+        tuple(raw.roots),
+        raw.source,
+        masks=masks,
+        max_pixels=config.max_pixels,
+        on_bad_image=config.on_bad_image,
+    )
+
+
+def read_raw(
+    path: str, kind: str, split: str, config: DataConfig, *, need_images: bool = True
+) -> RawSet:
+    """What the annotation files of a split say, before any check."""
+    return coco.read(coco.find(Path(path), split, config.images), need_images=need_images)
+
+
+def open_classification(path: str, split: str, config: DataConfig) -> ClassificationDataset:
+    """Open one split of an ImageFolder set, or of the built-in one; arguments and errors as open_detection."""
+    kind = layout(path)
+    if kind == SYNTHETIC:
+        return _synthetic_classification(split)
+    if kind != "folder":
+        raise DataError(
+            f"{path}: must be an ImageFolder set to train a classifier, got boxes; expected\n{folder.EXPECTED}"
+        )
+    classes, samples, root, report = folder.read(Path(path), split, max_pixels=config.max_pixels)
+    require_usable(report, str(root), config.on_bad_image)
+    return ClassificationDataset(
+        PackedJson(s.file for s in samples),
+        np.array([s.label for s in samples], dtype=np.int64),
+        np.array([s.size for s in samples], dtype=np.int32),
+        CategoryMap(classes),
+        report,
+        root,
+        str(root),
+        max_pixels=config.max_pixels,
+        on_bad_image=config.on_bad_image,
+    )
+
+
+def _synthetic_detection(split: str, config: DataConfig, *, masks: bool) -> DetectionDataset:
+    coco_json, scenes = synthetic.content(split, synthetic.IMAGES.get(split, 0))
+    pixels = []
+    for drawn in scenes:
+        synthetic.add_to(coco_json, drawn)
+        pixels.append(drawn.image)
+    raw = RawSet(
+        synthetic.categories(), coco_json["images"], coco_json["annotations"], [Path()], SYNTHETIC
+    )
+    records, report = clean(raw, CleanOptions(read_images=False, masks=masks))
+    return DetectionDataset(
+        records, raw.categories, report, (), SYNTHETIC, masks=masks, pixels=np.stack(pixels)
+    )
+
+
+def _synthetic_classification(split: str) -> ClassificationDataset:
+    count = synthetic.CROPS.get(split, 0)
+    if not count:
+        raise DataError(
+            f"synthetic: split must be one of {', '.join(synthetic.CROPS)}, got {split!r}"
+        )
+    pairs = [synthetic.crop(split, i) for i in range(count)]
+    side = synthetic.CROP_SIZE
+    return ClassificationDataset(
+        PackedJson(f"{i + 1:06d}.png" for i in range(count)),
+        np.array([label for _, label in pairs], dtype=np.int64),
+        np.full((count, 2), side, dtype=np.int32),
+        synthetic.categories(),
+        Report(images=count, annotations=count),
+        Path(),
+        SYNTHETIC,
+        pixels=np.stack([image for image, _ in pairs]),
+    )

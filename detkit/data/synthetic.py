@@ -1,0 +1,333 @@
+"""The built-in set: shapes of eight classes over textured backgrounds, made from a seed by integer arithmetic.
+
+Colour and texture say nothing about the class, only the outline does; sizes run from 8 to 200 pixels; later shapes
+cover earlier ones. Raw PCG64 output, integers and uncompressed PNG keep every byte the same on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.random import PCG64, SeedSequence
+from numpy.typing import NDArray
+
+from detkit.data.masks import encode_counts
+from detkit.errors import ConfigError
+from detkit.types import CategoryMap
+
+CLASSES = ("disc", "ring", "square", "triangle", "diamond", "cross", "star", "moon")
+"""Class names, labels 1 to 8."""
+
+IMAGES = {"train": 400, "val": 100}
+"""Images of the set kept in memory, per split."""
+CROPS = {"train": 4000, "val": 800}
+"""Images of the classification set, per split."""
+SIZE = 256
+"""Side of an image of the detection set."""
+CROP_SIZE = 64
+"""Side of an image of the classification set."""
+
+_SPLITS = {"train": 0, "val": 1}
+# Longer side in pixels and, summed up, the percentage of objects: few of 8 to 20, whose outline is hard to tell.
+_SIZES = ((8, 20, 8), (20, 48, 42), (48, 100, 80), (100, 201, 100))
+_MAX_OBJECTS = 6
+# An object with less than this share of its pixels in sight is left out of the truth.
+_VISIBLE = 0.3
+# Placements that hide more than half of an earlier object are tried again, this often.
+_PLACE_TRIES = 5
+
+Pixels = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """An image (H, W, 3) uint8 with its objects: labels 1..8, xywh boxes of the visible pixels, (H, W) masks."""
+
+    image: Pixels
+    labels: list[int]
+    boxes: list[tuple[int, int, int, int]]
+    masks: list[NDArray[np.bool_]]
+
+
+class _Dice:
+    """Whole numbers from PCG64's raw output, which numpy keeps stable from version to version."""
+
+    def __init__(self, *key: int) -> None:
+        self._bits = PCG64(SeedSequence(key))
+
+    def below(self, n: int) -> int:
+        return int(self._bits.random_raw()) % n
+
+    def between(self, low: int, high: int) -> int:
+        """A whole number from ``low`` to ``high - 1``."""
+        return low + self.below(high - low)
+
+    def bytes(self, *shape: int) -> Ints:
+        count = int(np.prod(shape))
+        raw = self._bits.random_raw(-(-count // 8)).astype("<u8")
+        return raw.view(np.uint8)[:count].reshape(shape).astype(np.int64)
+
+
+def scene(split: str, index: int, *, size: int = SIZE, seed: int = 0) -> Scene:
+    """Image ``index`` of a split of the detection set."""
+    dice = _Dice(seed, 1, _SPLITS[split], index)
+    image = _background(dice, size, size)
+    labels: list[int] = []
+    outlines: list[NDArray[np.bool_]] = []
+    visible: list[NDArray[np.bool_]] = []
+    for _ in range(dice.between(1, _MAX_OBJECTS + 1)):
+        label, outline = _placed(dice, size, outlines, visible)
+        _paint(dice, image, outline)
+        visible = [v & ~outline for v in visible] + [outline]
+        outlines.append(outline)
+        labels.append(label)
+    kept = [i for i, v in enumerate(visible) if v.sum() >= _VISIBLE * outlines[i].sum()]
+    return Scene(
+        image.astype(np.uint8),
+        [labels[i] for i in kept],
+        [_bounds(visible[i]) for i in kept],
+        [visible[i] for i in kept],
+    )
+
+
+def crop(split: str, index: int, *, seed: int = 0) -> tuple[Pixels, int]:
+    """Image ``index`` (64, 64, 3) of a split of the classification set, and its label 0..7."""
+    dice = _Dice(seed, 2, _SPLITS[split], index)
+    image = _background(dice, CROP_SIZE, CROP_SIZE)
+    label = index % len(CLASSES)
+    longer = dice.between(CROP_SIZE * 5 // 10, CROP_SIZE * 15 // 16)
+    mask = _outline(dice, label, longer)
+    outline = _at_random_place(dice, mask, CROP_SIZE)
+    _paint(dice, image, outline)
+    return image.astype(np.uint8), label
+
+
+def _placed(
+    dice: _Dice, size: int, outlines: list[NDArray[np.bool_]], visible: list[NDArray[np.bool_]]
+) -> tuple[int, NDArray[np.bool_]]:
+    """A class and its outline in the image, hiding no earlier object by more than half if that can be had."""
+    label = dice.between(1, len(CLASSES) + 1)
+    shape = _outline(dice, label - 1, min(_longer_side(dice), size * 4 // 5))
+    for _ in range(_PLACE_TRIES):
+        outline = _at_random_place(dice, shape, size)
+        if all(2 * (v & ~outline).sum() >= o.sum() for o, v in zip(outlines, visible, strict=True)):
+            break
+    return label, outline
+
+
+def _longer_side(dice: _Dice) -> int:
+    share = dice.below(100)
+    low, high = next((low, high) for low, high, below in _SIZES if share < below)
+    return dice.between(low, high)
+
+
+def _at_random_place(dice: _Dice, shape: NDArray[np.bool_], size: int) -> NDArray[np.bool_]:
+    h, w = shape.shape
+    top, left = dice.below(size - h + 1), dice.below(size - w + 1)
+    outline = np.zeros((size, size), dtype=np.bool_)
+    outline[top : top + h, left : left + w] = shape
+    return outline
+
+
+def _outline(dice: _Dice, shape: int, longer: int) -> NDArray[np.bool_]:
+    """(h, w) pixels of a shape stretched by up to 4:3 either way, mirrored at random."""
+    shorter = max(6, longer * dice.between(75, 101) // 100)
+    h, w = (longer, shorter) if dice.below(2) else (shorter, longer)
+    # Pixel centres in units where the shape reaches from -s to s on both axes, all whole numbers.
+    s = h * w
+    u = (2 * np.arange(w, dtype=np.int64) + 1 - w)[None, :] * h
+    v = (2 * np.arange(h, dtype=np.int64) + 1 - h)[:, None] * w
+    inside = _inside(CLASSES[shape], u, v, s)
+    return inside[:, ::-1] if dice.below(2) else inside
+
+
+def _inside(name: str, u: Ints, v: Ints, s: int) -> NDArray[np.bool_]:
+    a, b = np.abs(u), np.abs(v)
+    match name:
+        case "disc":
+            return u * u + v * v <= s * s
+        case "ring":
+            return (u * u + v * v <= s * s) & (4 * (u * u + v * v) >= s * s)
+        case "square":
+            return (a <= s) & (b <= s)
+        case "triangle":
+            return 2 * a <= v + s
+        case "diamond":
+            return a + b <= s
+        case "cross":
+            return (3 * a <= s) & (b <= s) | (3 * b <= s) & (a <= s)
+        case "star":  # four points: sqrt(a) + sqrt(b) <= sqrt(1.2 s), squared twice
+            rest = 6 * s // 5 - a - b
+            return (rest >= 0) & (4 * a * b <= rest * rest) & (a <= s) & (b <= s)
+        case _:  # moon: a disc without a disc of the same size, moved sideways
+            shifted = u - 4 * s // 5
+            return (u * u + v * v <= s * s) & (shifted * shifted + v * v > s * s)
+
+
+def _bounds(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
+
+
+def _background(dice: _Dice, height: int, width: int) -> Ints:
+    """(H, W, 3) values 0..255: two muted colours mixed by a pattern, with grain."""
+    base = dice.bytes(3) // 2 + 64
+    other = np.clip(base + dice.bytes(3) // 3 - 42, 0, 255)
+    return _textured(dice, base, other, height, width, grain=16)
+
+
+def _paint(dice: _Dice, image: Ints, outline: NDArray[np.bool_]) -> None:
+    """Fill ``outline`` with a texture whose colour stands out from what it covers."""
+    x, y, w, h = _bounds(outline)
+    region = image[y : y + h, x : x + w]
+    inside = outline[y : y + h, x : x + w]
+    under = region[inside].sum(axis=0) // int(inside.sum())
+    base = dice.bytes(3)
+    for _ in range(20):
+        if int(np.abs(base - under).sum()) >= 200:
+            break
+        base = dice.bytes(3)
+    else:
+        base = np.where(under < 128, under + 110, under - 110)
+    other = np.clip(base + dice.bytes(3) // 4 - 32, 0, 255)
+    region[inside] = _textured(dice, base, other, h, w, grain=12)[inside]
+
+
+def _textured(dice: _Dice, base: Ints, other: Ints, height: int, width: int, grain: int) -> Ints:
+    mix = _pattern(dice, height, width)[:, :, None]
+    noise = dice.bytes(height, width)[:, :, None] * (2 * grain + 1) // 256 - grain
+    return np.clip((base * (255 - mix) + other * mix) // 255 + noise, 0, 255)
+
+
+def _pattern(dice: _Dice, height: int, width: int) -> Ints:
+    """(H, W) values 0..255: plain, a ramp, stripes, checks or soft blotches."""
+    x, y = np.arange(width, dtype=np.int64)[None, :], np.arange(height, dtype=np.int64)[:, None]
+    kind, period = dice.below(5), dice.between(3, 13)
+    across, down = dice.between(-2, 3), dice.between(-2, 3)
+    if kind == 0:
+        return np.zeros((height, width), dtype=np.int64)
+    if kind == 1:
+        return (x * 128) // width + (y * 127) // height
+    if kind == 2:
+        return (((x * across + y * (down or 1)) // period) & 1) * 255
+    if kind == 3:
+        return (((x // period) ^ (y // period)) & 1) * 255
+    return _blotches(dice, height, width)
+
+
+def _blotches(dice: _Dice, height: int, width: int, cells: int = 5) -> Ints:
+    """Random values at the corners of a grid, linear in between, in 1/64 steps."""
+    grid = dice.bytes(cells + 1, cells + 1)
+    fy, fx = np.arange(height) * cells * 64 // height, np.arange(width) * cells * 64 // width
+    (iy, ry), (ix, rx) = np.divmod(fy, 64), np.divmod(fx, 64)
+    ry, rx = ry[:, None], rx[None, :]
+    top = grid[iy][:, ix] * (64 - rx) + grid[iy][:, ix + 1] * rx
+    low = grid[iy + 1][:, ix] * (64 - rx) + grid[iy + 1][:, ix + 1] * rx
+    return (top * (64 - ry) + low * ry) // 4096
+
+
+def content(
+    split: str, count: int, *, size: int = SIZE, seed: int = 0
+) -> tuple[dict[str, Any], Iterator[Scene]]:
+    """An empty COCO json (categories only) for a split and its scenes, to be filled by :func:`add_to`."""
+    if split not in _SPLITS:
+        raise ConfigError(f"synthetic: split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, 1)]
+    empty: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+    return empty, (scene(split, i, size=size, seed=seed) for i in range(count))
+
+
+def add_to(coco: dict[str, Any], drawn: Scene) -> str:
+    """Append one scene to a COCO json; returns its file name."""
+    height, width = drawn.image.shape[:2]
+    number = len(coco["images"]) + 1
+    file = f"{number:06d}.png"
+    coco["images"].append({"id": number, "file_name": file, "height": height, "width": width})
+    for label, box, mask in zip(drawn.labels, drawn.boxes, drawn.masks, strict=True):
+        coco["annotations"].append(
+            {
+                "id": len(coco["annotations"]) + 1,
+                "image_id": number,
+                "category_id": label,
+                "bbox": list(box),
+                "area": int(mask.sum()),
+                "iscrowd": 0,
+                "segmentation": {"size": [height, width], "counts": encode_counts(mask)},
+            }
+        )
+    return file
+
+
+def categories() -> CategoryMap:
+    """The eight classes with ids 1 to 8."""
+    return CategoryMap(CLASSES)
+
+
+def write(
+    folder: str | Path,
+    *,
+    images_train: int = 400,
+    images_val: int = 100,
+    size: int = SIZE,
+    seed: int = 0,
+) -> None:
+    """Write the detection set as COCO json with masks (RLE) and PNG files; the same bytes for the same arguments.
+
+    Args:
+        folder: Gets ``annotations/instances_<split>.json`` and ``images/<split>/*.png``; must be new or empty.
+        images_train: Images of the train split.
+        images_val: Images of the val split.
+        size: Side of the square images in pixels, 64 or more.
+        seed: Another seed gives another set.
+
+    Raises:
+        ConfigError: the size is too small, a count or the seed negative, or the folder not empty.
+    """
+    folder = Path(folder)
+    if size < 64:
+        raise ConfigError(f"synthetic: size must be at least 64 pixels, got {size}")
+    if min(images_train, images_val, seed) < 0:
+        got = f"{images_train}, {images_val} and {seed}"
+        raise ConfigError(f"synthetic: image counts and seed must be zero or more, got {got}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: must be a new or empty folder, got one with files in it")
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train", images_train), ("val", images_val)):
+        images = folder / "images" / split
+        images.mkdir(parents=True)
+        coco, scenes = content(split, count, size=size, seed=seed)
+        for drawn in scenes:
+            (images / add_to(coco, drawn)).write_bytes(png(drawn.image))
+        text = json.dumps(coco, separators=(",", ":"))
+        (folder / "annotations" / f"instances_{split}.json").write_text(text, encoding="utf-8")
+
+
+def png(image: Pixels) -> bytes:
+    """A PNG of an (H, W, 3) uint8 image, stored without compression: compressors differ between machines."""
+    height, width = image.shape[:2]
+    rows = np.zeros(
+        (height, 1 + 3 * width), dtype=np.uint8
+    )  # each row starts with its filter, 0 for none
+    rows[:, 1:] = image.reshape(height, 3 * width)
+    data = rows.tobytes()
+    stream = b"\x78\x01"
+    for start in range(0, len(data), 65535):
+        block = data[start : start + 65535]
+        last = start + 65535 >= len(data)
+        stream += struct.pack("<BHH", last, len(block), len(block) ^ 0xFFFF) + block
+    stream += struct.pack(">I", zlib.adler32(data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )

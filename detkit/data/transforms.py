@@ -1,0 +1,208 @@
+"""Geometry and colour of one sample: what is cut out, how it is scaled, whether it is mirrored.
+
+A :class:`Geometry` is drawn first, from the size alone; pixels, boxes, polygons and masks then all go through the
+same one. The pixel grid is continuous: pixel (i, j) covers [j, j + 1) x [i, i + 1), a box is xyxy in that grid, and
+resizing by s maps x to s * x (bilinear with half-pixel centres and, when shrinking, a triangle as wide as the step).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from detkit.data import masks
+
+# A cut object keeps its truth while at least this share of its box is left; below, the rest becomes an ignored region.
+_KEPT_SHARE = 0.25
+_CROP_TRIES = 10
+_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Cut ``crop`` out of a ``source`` image, resize it to ``size``, mirror it if ``flip``.
+
+    Attributes:
+        source: (height, width) of the whole image.
+        crop: x0, y0, x1, y1 in pixels of the whole image.
+        size: (height, width) of the result.
+        flip: Mirror left and right at the end.
+    """
+
+    source: tuple[int, int]
+    crop: tuple[float, float, float, float]
+    size: tuple[int, int]
+    flip: bool = False
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Factors of y and x."""
+        x0, y0, x1, y1 = self.crop
+        return self.size[0] / (y1 - y0), self.size[1] / (x1 - x0)
+
+    @property
+    def needed(self) -> tuple[int, int]:
+        """(height, width) of the whole image from which nothing would have to be enlarged more than from the file."""
+        sy, sx = self.scale
+        return math.ceil(self.source[0] * sy), math.ceil(self.source[1] * sx)
+
+    def image(self, image: Image.Image) -> Image.Image:
+        """The pixels; ``image`` is the whole image, or one decoded at 1/2, 1/4 or 1/8 of its size."""
+        reduced = round(max(self.source) / max(image.size))
+        x0, y0, x1, y1 = (v / reduced for v in self.crop)
+        height, width = self.size
+        if (width, height) != image.size or (x0, y0, x1, y1) != (0, 0, width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+
+    def points(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(P, 2) points x, y."""
+        sy, sx = self.scale
+        moved = (points - self.crop[:2]) * (sx, sy)
+        if self.flip:
+            moved[:, 0] = self.size[1] - moved[:, 0]
+        return moved
+
+    def boxes(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(G, 4) xyxy boxes, not clipped to the result."""
+        corners = self.points(boxes.reshape(-1, 2)).reshape(-1, 4)
+        return corners[:, [2, 1, 0, 3]] if self.flip else corners
+
+    def clipped(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(G, 4) xyxy boxes, clipped to the result."""
+        height, width = self.size
+        return np.clip(self.boxes(boxes), 0, [width, height, width, height])
+
+    def mask(self, segmentation: Any) -> NDArray[np.bool_]:
+        """(height, width) mask of a segmentation of the whole image."""
+        height, width = self.size
+        if isinstance(segmentation, list):
+            moved = [self.points(np.reshape(p, (-1, 2))).ravel().tolist() for p in segmentation]
+            return masks.decode(moved, height, width)
+        whole = Image.fromarray(masks.decode(segmentation, *self.source).astype(np.uint8) * 255)
+        return np.asarray(self.image(whole)) >= 128
+
+
+def resized(source: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
+    """(height, width) with the shorter side ``short_side``, or less where the longer would pass ``long_side``."""
+    factor = min(short_side / min(source), long_side / max(source))
+    height, width = (max(1, math.floor(side * factor + 0.5)) for side in source)
+    return height, width
+
+
+def whole(source: tuple[int, int], short_side: int, long_side: int) -> Geometry:
+    """The whole image, resized; what detectors are evaluated on."""
+    height, width = source
+    return Geometry(source, (0, 0, width, height), resized(source, short_side, long_side))
+
+
+def random_detection(
+    rng: Generator,
+    source: tuple[int, int],
+    boxes: NDArray[np.float64],
+    *,
+    short_side: int,
+    long_side: int,
+    flip: float,
+    min_crop: float,
+) -> Geometry:
+    """A training view for detectors: maybe cut, resized, maybe mirrored.
+
+    Args:
+        rng: Source of chance; the same state gives the same view.
+        source: (height, width) of the image.
+        boxes: (G, 4) xyxy; a cut keeps the centre of at least one, if there is any.
+        short_side: Shorter side of the result.
+        long_side: Limit of its longer side.
+        flip: Chance of mirroring.
+        min_crop: Smallest share of each side that is kept; 1 never cuts.
+    """
+    mirrored = bool(rng.random() < flip)
+    crop = (
+        _random_crop(rng, source, boxes, min_crop) if min_crop < 1 else (0, 0, source[1], source[0])
+    )
+    x0, y0, x1, y1 = crop
+    size = resized((y1 - y0, x1 - x0), short_side, long_side)
+    return Geometry(source, crop, size, mirrored)
+
+
+def _random_crop(
+    rng: Generator, source: tuple[int, int], boxes: NDArray[np.float64], min_crop: float
+) -> tuple[int, int, int, int]:
+    height, width = source
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    for _ in range(_CROP_TRIES):
+        h, w = (max(1, round(side * rng.uniform(min_crop, 1))) for side in source)
+        y0, x0 = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+        inside = ((centres >= (x0, y0)) & (centres < (x0 + w, y0 + h))).all(axis=1)
+        if inside.any() or not len(boxes):
+            return x0, y0, x0 + w, y0 + h
+    return 0, 0, width, height
+
+
+def random_classification(
+    rng: Generator, source: tuple[int, int], *, side: int, flip: float, min_area: float
+) -> Geometry:
+    """A training view for classifiers: a rectangle of ``min_area``..1 of the area, as a square of ``side`` pixels.
+
+    Its ratio of width to height is drawn between 3/4 and 4/3; with ``min_area`` 1 it is the central square.
+    """
+    height, width = source
+    mirrored = bool(rng.random() < flip)
+    for _ in range(_CROP_TRIES if min_area < 1 else 0):
+        area = height * width * rng.uniform(min_area, 1)
+        ratio = math.exp(rng.uniform(*map(math.log, _RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            y0, x0 = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return Geometry(source, (x0, y0, x0 + w, y0 + h), (side, side), mirrored)
+    centre = central(source, side=side, share=1.0)
+    return Geometry(source, centre.crop, centre.size, mirrored)
+
+
+def central(source: tuple[int, int], *, side: int, share: float) -> Geometry:
+    """The central square whose side is ``share`` of the shorter side; what classifiers are evaluated on."""
+    height, width = source
+    edge = min(source) * share
+    x0, y0 = (width - edge) / 2, (height - edge) / 2
+    return Geometry(source, (x0, y0, x0 + edge, y0 + edge), (side, side))
+
+
+def still_visible(
+    geometry: Geometry, boxes: NDArray[np.float64]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which boxes have any pixel left, and which enough of them to stay truth: two (G,) masks."""
+    moved, clipped = geometry.boxes(boxes), geometry.clipped(boxes)
+    left, full = _areas(clipped), _areas(moved)
+    any_left = left > 0
+    return any_left, any_left & (left >= _KEPT_SHARE * full)
+
+
+def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def jitter(rng: Generator, image: Image.Image, strength: float) -> Image.Image:
+    """Brightness, contrast and saturation, each times a factor in 1 - strength .. 1 + strength."""
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(max(0.0, rng.uniform(1 - strength, 1 + strength)))
+    return image
+
+
+def normalise_into(
+    out: Tensor, image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    """Write (value / 255 - mean) / std of an RGB image into the top left of ``out`` (3, H, W) float32."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w) uint8
+    offset = torch.tensor(mean).mul(255).reshape(3, 1, 1)
+    factor = torch.tensor(std).mul(255).reciprocal().reshape(3, 1, 1)
+    view = out[:, : pixels.shape[1], : pixels.shape[2]]
+    view.copy_(pixels).sub_(offset).mul_(factor)

@@ -1,0 +1,307 @@
+"""Checkpoints: one ``.pth`` file, enough to rebuild the model, read without running any code.
+
+A file holds tensors and plain types only (``torch.load(weights_only=True)``). It is written to a
+temporary file beside the target and renamed, so a crash leaves either the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+
+from detkit.config import Config, from_plain
+from detkit.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DetkitError,
+    NonFiniteError,
+    StorageError,
+)
+from detkit.types import CategoryMap
+
+FORMAT = "detkit/1"
+KINDS = ("backbone", "detector", "gsl", "fd", "supernet")
+_WEIGHTS = ("model", "ema", "optimizer")  # the parts that must be finite
+_REQUIRED: dict[str, type] = {
+    "kind": str,
+    "config": dict,
+    "categories": dict,
+    "model": dict,
+    "provenance": dict,
+}
+
+
+class Checkpoint(TypedDict):
+    """Contents of a checkpoint.
+
+    Attributes:
+        format: ``"detkit/1"``.
+        kind: One of :data:`KINDS`.
+        config: The resolved config as :func:`detkit.config.to_plain` gives it.
+        categories: As :meth:`CategoryMap.to_plain` gives it.
+        model: State dict of the model as trained.
+        ema: State dict of the averaged model; where present it is the deployed one.
+        optimizer: State dict of the optimiser.
+        scaler: State of the fp16 loss scaler.
+        rng: ``{"ranks": [{"cpu": ByteTensor, "cuda"?: ByteTensor}]}``, one entry per process.
+        progress: The fields of :class:`detkit.engine.progress.Progress`; the schedule follows from
+            them.
+        scales: Statistics of learnt scales: ``{"layers", "stats", "meta"}``.
+        provenance: Versions of detkit and torch and where the weights came from.
+    """
+
+    format: str
+    kind: str
+    config: dict[str, dict[str, Any]]
+    categories: dict[str, list[Any]]
+    model: dict[str, Tensor]
+    ema: NotRequired[dict[str, Tensor]]
+    optimizer: NotRequired[dict[str, Any]]
+    scaler: NotRequired[dict[str, Any]]
+    rng: NotRequired[dict[str, Any]]
+    progress: NotRequired[dict[str, Any]]
+    scales: NotRequired[dict[str, Any]]
+    provenance: dict[str, Any]
+
+
+def save(path: str | Path, payload: Checkpoint) -> None:
+    """Write ``payload`` to ``path``: the whole new file appears there, or the old one stays.
+
+    The same payload gives the same bytes. Tensors are stored on the CPU.
+
+    Raises:
+        NonFiniteError: Weights, averaged weights or optimiser state hold NaN or infinity.
+        StorageError: The disk refused; the temporary file is gone and the old file is intact.
+        CheckpointError: ``payload`` is not a checkpoint.
+    """
+    _check_contents(payload, f"checkpoint {path}")
+    plain = _plain(payload, "checkpoint")
+    _check_finite(plain, path)
+    buffer = io.BytesIO()  # in memory first: saving to a path writes the file's stem into the bytes
+    torch.save(plain, buffer)
+    _replace(Path(os.path.realpath(path)), buffer.getbuffer())
+
+
+def _replace(target: Path, content: memoryview) -> None:
+    """Put ``content`` at ``target`` in one step that survives a crash or a power cut."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"checkpoint {target}: must be writable, got {error.strerror or error}"
+        ) from error
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the rename itself is only durable once the directory is
+    finally:
+        os.close(handle)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` with plain dicts, lists and compact CPU tensors; TypeError for anything else."""
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+        # A view would drag its whole storage into the file.
+        compact = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        return tensor if compact else tensor.clone()
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"{where}: must be a tensor or a plain type, got {type(value).__name__}")
+
+
+def _check_finite(payload: Mapping[str, Any], path: str | Path) -> None:
+    for part in _WEIGHTS:
+        for name, tensor in _tensors(payload.get(part), part):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"checkpoint {path}: weights must be finite, got NaN or infinity in {name}; "
+                    "nothing was written"
+                )
+
+
+def _tensors(value: Any, where: str) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{where}[{i}]")
+
+
+def load(path: str | Path, *, kinds: Iterable[str] = KINDS) -> Checkpoint:
+    """Read a checkpoint onto the CPU; nothing in the file is executed.
+
+    Args:
+        path: The file.
+        kinds: The kinds the caller can use.
+
+    Raises:
+        CheckpointError: Damaged, foreign, or of another kind.
+        ConfigError: There is no such file.
+        StorageError: The file cannot be read.
+    """
+    what = f"checkpoint {path}"
+    content = read(path)
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{what}: must be a {FORMAT} file, got {_describe(content)}")
+    _check_contents(content, what)
+    kinds = tuple(kinds)
+    if content["kind"] not in kinds:
+        raise CheckpointError(
+            f"{what}: must be of kind {' or '.join(kinds)}, got {content['kind']!r}"
+        )
+    return cast(Checkpoint, content)
+
+
+def read(path: str | Path) -> Any:
+    """Read any ``.pth`` file of tensors and plain types onto the CPU; nothing in it is executed.
+
+    Raises:
+        CheckpointError: Damaged, or it holds anything but tensors and plain types.
+        ConfigError: There is no such file.
+        StorageError: The file cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"checkpoint {path}: must be an existing file, got {_kind_of_path(path)}")
+    try:
+        with path.open("rb") as file:
+            _check_sums(file)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise StorageError(
+            f"checkpoint {path}: must be readable, got {error.strerror or error}"
+        ) from error
+    except DetkitError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+    except Exception as error:  # damaged bytes surface as almost any type
+        raise CheckpointError(f"checkpoint {path}: {_reason(error)}") from error
+
+
+def _kind_of_path(path: Path) -> str:
+    return "a folder" if path.is_dir() else "nothing there"
+
+
+def _check_sums(file: io.BufferedReader) -> None:
+    """Compare the archive's checksums, which torch's own reader skips."""
+    if zipfile.is_zipfile(file):
+        file.seek(0)
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(
+                f"must be an undamaged file, got a wrong checksum in its record {damaged}"
+            )
+    file.seek(0)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    marker = "Unsupported global: GLOBAL "
+    if marker in text:
+        culprit = text.split(marker, 1)[1].split(maxsplit=1)[0]
+        return f"must hold tensors and plain types only, got a pickled {culprit} (not loaded)"
+    if "weights_only" in text or "Unsupported operand" in text or "Unsupported class" in text:
+        return "must hold tensors and plain types only, got other pickled content (not loaded)"
+    return "must be a complete .pth file, got a truncated, damaged or foreign one"
+
+
+def _describe(content: Any) -> str:
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    keys = ", ".join(str(key) for key in list(content)[:3])
+    return f"a dict without a format (its keys: {keys}{', …' if len(content) > 3 else ''})"
+
+
+def _check_contents(content: Mapping[str, Any], what: str) -> None:
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{what}: format must be {FORMAT!r}, got {content.get('format')!r}; "
+            "a newer detkit may have written it"
+        )
+    for key, kind in _REQUIRED.items():
+        if not isinstance(content.get(key), kind):
+            raise CheckpointError(
+                f"{what}: must have {key!r} as a {kind.__name__}, "
+                f"got {type(content.get(key)).__name__}"
+            )
+    if content["kind"] not in KINDS:
+        raise CheckpointError(
+            f"{what}: kind must be one of {', '.join(KINDS)}, got {content['kind']!r}"
+        )
+    for part in ("model", "ema"):
+        for name, value in content.get(part, {}).items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"{what}: {part} must hold tensors, got {type(value).__name__} in {name}"
+                )
+
+
+def deployed(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights to use: the averaged ones where there are any, else the trained ones."""
+    return checkpoint["ema"] if "ema" in checkpoint else checkpoint["model"]
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load ``state`` into ``model``, every key and shape exactly.
+
+    Raises:
+        CheckpointError: Keys are missing or left over, or shapes differ; names the first of each.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    found = (("missing", missing), ("left over", unknown), ("of another shape", shapes))
+    differences = [f"{len(names)} {how} (first: {names[0]})" for how, names in found if names]
+    if differences:
+        raise CheckpointError(f"{what}: weights must fit the model, got {', '.join(differences)}")
+    model.load_state_dict(dict(state))
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The config that built the model; raises CheckpointError where this detkit cannot read it."""
+    try:
+        return from_plain(checkpoint["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint config: {error}") from error
+
+
+def categories_of(checkpoint: Checkpoint) -> CategoryMap:
+    """The categories the model tells apart; raises CheckpointError where they are malformed."""
+    try:
+        return CategoryMap.from_plain(checkpoint["categories"])
+    except (DataError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint categories: must be names with ids, got {checkpoint['categories']}"
+        ) from error

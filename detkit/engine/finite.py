@@ -1,0 +1,61 @@
+"""Stopping on numbers that are not finite, without making the device wait."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detkit.engine.step import StepResult
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step's result with the names of its images."""
+
+    step: int
+    result: StepResult
+    files: list[str]
+
+    def describe(self) -> tuple[int, str, list[str]]:
+        """Step, what is not finite, and the files."""
+        losses = {name: float(loss) for name, loss in self.result.losses.items()}
+        bad = [f"{name}={value}" for name, value in losses.items() if not math.isfinite(value)]
+        norm = float(self.result.grad_norm)
+        found = ", ".join(bad) or f"a gradient norm of {norm} with finite losses"
+        return self.step, found, self.files
+
+
+class FiniteFlags:
+    """Whether steps were finite, without making a CUDA device wait for the answer.
+
+    On CUDA a step's flag is copied to the host behind the step and read one step later, when it has
+    long arrived; the CPU knows at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pending: tuple[Outcome, Tensor, torch.cuda.Event] | None = None
+
+    def note(self, outcome: Outcome) -> Outcome | None:
+        """Take in a step; returns it if it is bad, on CUDA the step before it."""
+        if not self._cuda:
+            return None if bool(outcome.result.finite) else outcome
+        before = self.settle()
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_(outcome.result.finite, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (outcome, flag, event)
+        return before
+
+    def settle(self) -> Outcome | None:
+        """Wait for the last step's answer; returns that step where it was bad."""
+        if self._pending is None:
+            return None
+        outcome, flag, event = self._pending
+        self._pending = None
+        event.synchronize()
+        return None if bool(flag) else outcome

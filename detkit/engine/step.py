@@ -1,0 +1,119 @@
+"""One optimiser step over a batch given in parts, on one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from detkit.engine import distributed
+from detkit.types import Batch, ClassificationBatch
+
+Part = Batch | ClassificationBatch
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of one optimiser step and whether they and the gradients are finite.
+
+    Attributes:
+        losses: Name to () tensor, the mean over this process's images.
+        grad_norm: () tensor, before clipping.
+        finite: () bool tensor.
+    """
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor
+    finite: Tensor
+
+
+def train_step(
+    model: nn.Module,
+    parts: Sequence[Part],
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    *,
+    images: int,
+    device: torch.device,
+    amp: str = "off",
+    clip: float = 0.0,
+) -> StepResult:
+    """One optimiser step over a batch given in parts, as if they were one.
+
+    On the CPU a loss or gradient that is not finite leaves the weights as they were. On CUDA the
+    answer is not waited for, so the weights may be spoilt by the time the caller reads ``finite``.
+
+    Args:
+        model: ``model(part)`` gives a dict of scalar losses, means over the part's images.
+        parts: This process's share of the batch.
+        optimizer: Over the model's parameters.
+        scaler: Loss scaler, enabled for fp16 only.
+        images: Images of the whole batch over all processes.
+        device: Where the model is.
+        amp: ``off``, ``bf16`` or ``fp16``.
+        clip: Largest gradient norm; 0 does not clip.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    own = sum(len(part.images) for part in parts)
+    losses: dict[str, Tensor] = {}
+    for i, part in enumerate(parts):
+        with _sync_gradients(model, i == len(parts) - 1):
+            with torch.autocast(device.type, dtype=_AMP.get(amp), enabled=amp != "off"):
+                found = model(_to_device(part, device, channels_last=_channels_last(device, amp)))
+            total = torch.stack([loss.float() for loss in found.values()]).sum()
+            # Processes average their gradients, hence the world size: each image counts 1 / images.
+            share = len(part.images) * distributed.world_size() / images
+            scaler.scale(total * share).backward()
+        for name, loss in found.items():
+            loss = loss.detach().float() * (len(part.images) / own)
+            losses[name] = losses[name] + loss if name in losses else loss
+    return _update(model, optimizer, scaler, losses, clip, device)
+
+
+def _update(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    losses: dict[str, Tensor],
+    clip: float,
+    device: torch.device,
+) -> StepResult:
+    scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    finite = torch.isfinite(torch.stack([*losses.values(), norm.to(device)])).all()
+    if scaler.is_enabled() and scaler.get_scale() > 1:
+        # Scaled fp16 gradients may overflow: the scaler skips that step and halves its scale.
+        finite = torch.isfinite(torch.stack(list(losses.values()))).all()
+    if device.type != "cpu" or bool(finite):
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        scaler.step(optimizer)
+        scaler.update()
+    return StepResult(losses, norm, finite)
+
+
+def _sync_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Processes exchange gradients once per step, in the backward pass of the last part."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def _channels_last(device: torch.device, amp: str) -> bool:
+    # Tensor cores read channels last; on the CPU and in fp32 it gains nothing here.
+    return device.type == "cuda" and amp != "off"
+
+
+def _to_device(part: Part, device: torch.device, *, channels_last: bool) -> Part:
+    part = part.to(device)
+    if channels_last:
+        part.images = part.images.contiguous(memory_format=torch.channels_last)
+    return part

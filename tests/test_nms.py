@@ -1,0 +1,217 @@
+"""nms and batched_nms: by hand, against the reference and torchvision, NaN, torch's own checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from detkit import ops
+from detkit.ops.reference import nms as reference
+
+THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 1.0)
+
+
+def candidates(
+    n: int, dtype: torch.dtype = torch.float32, side: float = 30.0
+) -> tuple[Tensor, ...]:
+    """Boxes with plenty of overlap, scores and five classes."""
+    corner = torch.rand(n, 2, dtype=torch.float64) * 100
+    boxes = torch.cat([corner, corner + torch.rand(n, 2, dtype=torch.float64) * side], 1).to(dtype)
+    return boxes, torch.rand(n, dtype=dtype), torch.randint(0, 5, (n,))
+
+
+def test_hand_case(device: str) -> None:
+    boxes = torch.tensor(
+        [[0, 0, 10, 10], [5, 0, 15, 10], [0, 0, 10, 9], [20, 20, 30, 30]], device=device
+    ).float()  # IoU of 0 with 1 is 50/150, with 2 is 0.9
+    scores = torch.tensor([0.8, 0.7, 0.9, 0.1], device=device)
+    assert ops.nms(boxes, scores, 0.5).tolist() == [2, 1, 3]
+    assert ops.nms(boxes, scores, 0.9).tolist() == [2, 0, 1, 3]
+    assert ops.nms(boxes, scores, 0.3).tolist() == [2, 3]
+    idxs = torch.tensor([1, 1, 0, 0], device=device)
+    assert ops.batched_nms(boxes, scores, idxs, 0.3).tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 33, 64, 65, 200, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_reference(device: str, n: int, dtype: torch.dtype) -> None:
+    boxes, scores, idxs = (t.to(device) for t in candidates(n, dtype))
+    scores = (scores * 50).round()  # ties, whose order must be stable
+    for t in THRESHOLDS:
+        assert torch.equal(ops.nms(boxes, scores, t), reference.nms(boxes, scores, t))
+        expected = reference.batched_nms(boxes, scores, idxs, t)
+        assert torch.equal(ops.batched_nms(boxes, scores, idxs, t), expected)
+
+
+@pytest.mark.parametrize("n", [0, 1, 100, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keeps_what_torchvision_keeps(tv, n: int, dtype: torch.dtype) -> None:
+    for side in (5.0, 30.0, 80.0):
+        boxes, scores, idxs = candidates(n, dtype, side)
+        for t in THRESHOLDS:
+            assert torch.equal(ops.nms(boxes, scores, t), tv.ops.nms(boxes, scores, t))
+        for t in (0.3, 0.7):  # class by class, because the shift of its batched_nms rounds
+            members = [(idxs == c).nonzero()[:, 0] for c in range(5)]
+            kept = torch.cat([m[tv.ops.nms(boxes[m], scores[m], t)] for m in members])
+            ours = ops.batched_nms(boxes, scores, idxs, t)
+            assert torch.equal(ours, kept[scores[kept].argsort(descending=True, stable=True)])
+
+
+grid_boxes = st.lists(
+    st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(-3, 8)] * 2, st.integers(0, 1000)),
+    max_size=120,
+    unique_by=lambda row: row[4],
+)
+
+
+@given(grid_boxes, st.sampled_from([0.0, 0.2, 0.25, 1 / 3, 0.5, 0.6, 2 / 3, 0.75, 1.0]))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_fuzz_against_torchvision(tv, rows: list[tuple[int, ...]], threshold: float) -> None:
+    """Integer boxes put many IoUs exactly at the threshold; some are inverted or empty."""
+    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+    boxes = torch.cat([table[:, :2], table[:, :2] + table[:, 2:4]], 1)
+    scores = table[:, 4]
+    assert torch.equal(ops.nms(boxes, scores, threshold), tv.ops.nms(boxes, scores, threshold))
+
+
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    1e-45,
+    1e-30,
+    5.0,
+    3e38,
+    -3e38,
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+]
+special_boxes = st.lists(st.tuples(*[st.sampled_from(SPECIAL)] * 5), max_size=40)
+
+
+@given(special_boxes, st.sampled_from(THRESHOLDS), st.booleans())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_fuzz_of_special_values(
+    rows: list[tuple[float, ...]], threshold: float, double: bool
+) -> None:
+    """NaN, infinite, huge, subnormal and inverted boxes and scores decide as the reference does."""
+    dtype = torch.float64 if double else torch.float32
+    table = torch.tensor(rows, dtype=dtype).reshape(-1, 5)
+    boxes, scores = table[:, :4], table[:, 4]  # not contiguous
+    idxs = torch.arange(len(rows)) % 3
+    assert torch.equal(ops.nms(boxes, scores, threshold), reference.nms(boxes, scores, threshold))
+    expected = reference.batched_nms(boxes, scores, idxs, threshold)
+    assert torch.equal(ops.batched_nms(boxes, scores, idxs, threshold), expected)
+
+
+def test_a_nan_box_suppresses_nothing_and_stays(device: str) -> None:
+    boxes, scores, idxs = candidates(50)
+    for column in range(4):
+        with_nan = boxes.clone()
+        best = int(scores.argmax())
+        with_nan[best, column] = float("nan")
+        kept = ops.nms(with_nan.to(device), scores.to(device), 0.1).tolist()
+        others = torch.arange(50)[torch.arange(50) != best]
+        alone = others[ops.nms(boxes[others], scores[others], 0.1)]
+        assert kept == [best, *alone.tolist()]
+
+
+def test_nan_scores_come_first(device: str) -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10]] * 3, device=device)
+    scores = torch.tensor([1.0, float("nan"), float("inf")], device=device)
+    assert ops.nms(boxes, scores, 0.5).tolist() == [1]
+
+
+def test_classes_of_any_value_and_dtype(device: str) -> None:
+    boxes, scores, idxs = (t.to(device) for t in candidates(300))
+    expected = ops.batched_nms(boxes, scores, idxs, 0.3)
+    assert torch.equal(ops.batched_nms(boxes, scores, idxs.to(torch.uint8), 0.3), expected)
+    assert torch.equal(ops.batched_nms(boxes, scores, idxs.int() - 3, 0.3), expected)
+    assert torch.equal(ops.batched_nms(boxes, scores, (idxs - 2) * 2**61, 0.3), expected)
+
+
+def test_huge_coordinates_are_not_rounded_by_classes(device: str) -> None:
+    """A class shift in float32 would merge these boxes; comparing class numbers does not."""
+    boxes = torch.tensor([[2.0**23, 0, 2.0**23 + 4, 4], [2.0**23 + 1, 0, 2.0**23 + 5, 4]])
+    scores = torch.tensor([2.0, 1.0])
+    for classes, kept in (([7, 7], [0]), ([7, 10**9], [0, 1])):
+        idxs = torch.tensor(classes, device=device)
+        assert ops.batched_nms(boxes.to(device), scores.to(device), idxs, 0.5).tolist() == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_compute_in_float32(device: str, dtype: torch.dtype) -> None:
+    boxes, scores, _ = (t.to(device) for t in candidates(300))
+    half = boxes.to(dtype)
+    expected = ops.nms(half.float(), scores, 0.5)
+    assert torch.equal(ops.nms(half, scores, 0.5), expected)
+    ties = scores.to(dtype)
+    assert torch.equal(ops.nms(half, ties, 0.5), ops.nms(half.float(), ties.float(), 0.5))
+    with torch.autocast(device, dtype=dtype):
+        assert torch.equal(ops.nms(half, scores, 0.5), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": torch.rand(4)}, r"boxes must have shape \(N, 4\), got \(4,\)"),
+        ({"boxes": torch.rand(3, 5)}, r"boxes must have shape \(N, 4\), got \(3, 5\)"),
+        ({"boxes": torch.ones(3, 4, dtype=torch.int64)}, "boxes must be floating point"),
+        ({"scores": torch.rand(2)}, r"scores must have shape \(3,\), got \(2,\)"),
+        ({"scores": torch.ones(3, dtype=torch.int64)}, "scores must be floating point"),
+        ({"iou_threshold": 1.5}, "iou_threshold must be in 0..1, got 1.5"),
+        ({"iou_threshold": float("nan")}, "iou_threshold must be in 0..1, got nan"),
+        ({"idxs": torch.rand(3)}, "idxs must be integers, got torch.float32"),
+        ({"idxs": torch.ones(2, dtype=torch.int64)}, r"idxs must have shape \(3,\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> None:
+    arguments = {
+        "boxes": torch.rand(3, 4),
+        "scores": torch.rand(3),
+        "idxs": torch.zeros(3, dtype=torch.int64),
+        "iou_threshold": 0.5,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.batched_nms(**arguments)
+    if "idxs" not in change:
+        del arguments["idxs"]
+        with pytest.raises(ValueError, match=message):
+            ops.nms(**arguments)
+
+
+@pytest.mark.parametrize("n", [0, 40])
+def test_opcheck(device: str, n: int) -> None:
+    boxes, scores, idxs = (t.to(device) for t in candidates(n))
+    for grad in (False, True):
+        sample = (boxes.clone().requires_grad_(grad), scores)
+        torch.library.opcheck(torch.ops.detkit.nms.default, (*sample, 0.5))
+        torch.library.opcheck(torch.ops.detkit.batched_nms.default, (*sample, idxs, 0.5))
+
+
+class Suppress(torch.nn.Module):
+    def forward(self, boxes: Tensor, scores: Tensor, idxs: Tensor) -> Tensor:
+        kept = ops.batched_nms(boxes, scores, idxs, 0.5)
+        return boxes[kept][ops.nms(boxes[kept], scores[kept], 0.3)] * 2
+
+
+def test_compiles_whole(device: str) -> None:
+    compiled = torch.compile(Suppress().to(device), fullgraph=True, backend="aot_eager")
+    for n in (50, 80):
+        sample = tuple(t.to(device) for t in candidates(n))
+        assert torch.equal(compiled(*sample), Suppress()(*sample))
+
+
+def test_exports_with_any_number_of_boxes() -> None:
+    boxes = torch.export.Dim("boxes", min=2)
+    program = torch.export.export(
+        Suppress(), candidates(50), dynamic_shapes=({0: boxes}, {0: boxes}, {0: boxes})
+    )
+    for n in (2, 80):
+        sample = candidates(n)
+        assert torch.equal(program.module()(*sample), Suppress()(*sample))
