@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from detkit import config as configs
 from detkit.cli.options import Common, common_options, emit
 
 
@@ -34,20 +35,27 @@ def check_command(common: Common, path: str, split: str | None, images: str) -> 
       detkit data check my_set
       detkit data check my_set --split val --json
     """
+    from dataclasses import replace
+
     from detkit.data.check import check
 
-    report = check(path, split, images=images)
+    config = configs.resolve(common.layers()).data
+    report = check(path, split, replace(config, images=images or config.images))
     emit(common, report.to_plain(), lambda: _show(report.to_plain()))
 
 
 def _show(report: dict[str, Any]) -> None:
     from detkit.cli.tables import print_table, rows_table
 
-    columns = ["rule", "action", "file", "image id", "annotation id", "what"]
-    rows = [[p[c.replace(" ", "_")] for c in columns] for p in report["problems"]]
+    columns = ["rule", "action", "file", "image_id", "annotation_id", "what"]
+    splits = report["splits"].items()
+    rows = [[name, *(str(p[c]) for c in columns)] for name, split in splits for p in split["problems"]]
     if rows:
-        print_table(rows_table("problems", columns, [[str(v) for v in row] for row in rows]))
-    print_table(rows_table("splits", ["split", "images", "usable", "boxes"], report["splits"]))
+        print_table(rows_table("problems", ["split", *columns], rows))
+    sizes = [[name, s["images"], s["annotations"], sum(s["counts"].values())] for name, s in splits]
+    print_table(rows_table(f"{report['path']} ({report['layout']})", ["split", "images", "boxes", "problems"], sizes))
+    for rule, what in report["rules"].items():
+        click.echo(f"{rule}: {what}")
 
 
 @command.command("synth")

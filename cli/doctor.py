@@ -27,12 +27,19 @@ def command(common: Common) -> None:
 def _show(report: dict[str, Any]) -> None:
     from detkit.cli.tables import print_table, rows_table
 
-    for title, value in report.items():
-        if isinstance(value, dict):
-            print_table(rows_table(title, ["", ""], [(k, str(v)) for k, v in value.items()]))
-        elif isinstance(value, list):
-            click.echo(f"{title}:")
-            for line in value:
-                click.echo(f"  {line}")
-        else:
-            click.echo(f"{title}: {value}")
+    ops = report.pop("ops")
+    rows = [[op, facts["backend"], facts["why"]] for op, facts in ops.items()]
+    print_table(rows_table("operators", ["operator", "runs", "why"], rows))
+    advice = report.pop("advice")
+    facts = [[name, str(value)] for name, value in _flat(report)]
+    print_table(rows_table("installation", ["what", "found"], facts))
+    for line in advice:
+        click.echo(f"to do: {line}")
+
+
+def _flat(report: dict[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in report.items():
+        nested = [(f"{name} {k}", v) for k, v in value.items()] if isinstance(value, dict) else []
+        rows += nested or [(name, value)]
+    return rows

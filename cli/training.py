@@ -46,7 +46,7 @@ def run_training(
         init_from = api.newest_checkpoint("pretrain", required=False)
         note = f"starting from {init_from}" if init_from else "no pretrain run found: starting from scratch"
         click.echo(note, err=True)
-    config = api.resolve_config(common.layers(recipe), init_from=init_from)
+    config = api.with_length(api.resolve_config(common.layers(recipe), init_from=init_from))
     _check_data(config, common)
     if common.dry_run:
         show_plan(common, config, api.training_plan(kind, config))

@@ -154,12 +154,14 @@ def newest_checkpoint(command: str, *, required: bool = True) -> str | None:
 
 
 def training_plan(command: str, config: Config) -> dict[str, Any]:
-    """What ``--dry-run`` tells: data set sizes and length, without training a step."""
-    config = with_length(config)
+    """What ``--dry-run`` tells: data set and model sizes, without training a step."""
     train_set = _open(command, config, config.data.split)
     val_set = _open(command, config, config.data.val_split)
+    with torch.device("meta"):
+        model = build(config, train_set.categories, _KINDS[command])
     return {
         "command": command,
+        "params": sum(p.numel() for p in model.parameters()),
         "categories": list(train_set.categories.names),
         "train_images": len(train_set),
         "val_images": len(val_set),
