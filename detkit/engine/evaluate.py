@@ -225,7 +225,9 @@ def _mask(record: Record, box: list[float], sizes: Sizes) -> Record:
     if not shape:
         x, y, w, h = box
         shape = [[x, y, x, y + h, x + w, y + h, x + w, y]]
-    return dict(mask.merge(mask.frPyObjects(shape, height, width)))
+    far = 10 * max(height, width)  # pycocotools follows outlines pixel by pixel and crashes on 1e30
+    near = [[min(max(v, -far), far) for v in polygon] for polygon in shape]
+    return dict(mask.merge(mask.frPyObjects(near, height, width)))
 
 
 def detect_dataset(
