@@ -7,7 +7,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent.resolve()
-os.chdir(ROOT)
 
 NO_TORCH = (
     "detkit: torch must be importable while the extension is built, got none; install torch >= "
@@ -55,7 +54,8 @@ def sources(cuda):
     patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
     if cuda:
         patterns += ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
-    return sorted(p.as_posix() for pattern in patterns for p in Path().glob(pattern))
+    paths = [p for pattern in patterns for p in ROOT.glob(pattern)]
+    return sorted(p.relative_to(ROOT).as_posix() for p in paths)
 
 
 def extension():
@@ -96,6 +96,7 @@ def extension():
 
 
 def main():
+    os.chdir(ROOT)
     skip = os.environ.get("DETKIT_SKIP_EXT", "0") not in ("", "0") or "sdist" in sys.argv
     packages = find_packages(include=["detkit", "detkit.*"], exclude=["detkit.cli", "detkit.cli.*"])
     setup(

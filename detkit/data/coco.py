@@ -1,7 +1,7 @@
-"""COCO json: the 2017 layout, the 2014 layout with trainval35k and minival, Roboflow's, and a file on its own.
+"""COCO json in the layouts of 2017, of 2014 (trainval35k, minival), of Roboflow, or as one file.
 
-A split is one or more parts, each an annotation file with an image folder; parts must not share image ids and must
-declare the same categories.
+A split is one or more parts, each an annotation file with an image folder; parts must not share
+image ids and must declare the same categories.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXPECTED = """\
   annotations/instances_val.json (or instances_val2017.json), images/val/ (or val2017/)"""
 """The tree a message shows."""
 
-# 2014: the parts that the literature trains and evaluates on, by the names of their annotation files.
+# Split name to the names of annotation files that make it up, best choice first.
 _PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "train": (("train",), ("train2017",), ("train2014",)),
     # minival is a part of val2014 and of no usual training split, so it goes first.
@@ -58,12 +58,13 @@ def splits(path: Path) -> list[str]:
     """Names of the splits that a folder holds, by its annotation files."""
     if path.is_file():
         return ["train"]
-    names = [f.name for f in sorted(_annotation_folder(path).glob("*.json"))]
-    found = [n[10:-5] for n in names if n.startswith("instances_")]
+    names = [f.stem for f in sorted(_annotation_folder(path).glob("*.json"))]
+    known = {n for choices in _PARTS.values() for choice in choices for n in choice}
+    found = [
+        n.removeprefix("instances_") for n in names if n.startswith("instances_") or n in known
+    ]
     found += [p.parent.name for p in sorted(path.glob(f"*/{_ROBOFLOW}"))]
-    plain = {n for choices in _PARTS.values() for choice in choices for n in choice}
-    found += [n[:-5] for n in names if n[:-5] in plain]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def find(path: Path, split: str, images: str = "") -> list[Part]:
@@ -95,7 +96,7 @@ def _find_one(path: Path, split: str) -> list[Part]:
             ]
     have = ", ".join(dict.fromkeys(splits(path))) or "no annotation file"
     raise DataError(
-        f"{path}: an annotation file of split {split!r} must exist, got {have}; expected\n{EXPECTED}"
+        f"{path}: annotations of split {split!r} must exist, got {have}; expected\n{EXPECTED}"
     )
 
 
@@ -110,7 +111,7 @@ def _annotation_file(path: Path, name: str) -> Path | None:
 
 
 def _folders(path: Path, name: str) -> tuple[Path, ...]:
-    """Where the images of an annotation file called ``name`` may be: all of minival2014 are in val2014, for example."""
+    """Where the images of annotation file ``name`` may be: those of minival2014 are in val2014."""
     names = [name]
     if name.endswith("2014"):
         names.append("train2014" if name.startswith("train") else "val2014")
@@ -120,7 +121,11 @@ def _folders(path: Path, name: str) -> tuple[Path, ...]:
 
 
 def read(parts: list[Part], *, need_images: bool = True) -> RawSet:
-    """All parts as one raw set; raises DataError where a file is no COCO json or no image folder is found."""
+    """All parts as one raw set.
+
+    Raises:
+        DataError: a file is no COCO json, categories differ, or no image folder is found.
+    """
     images: list[Any] = []
     annotations: list[Any] = []
     roots: list[Path] = []
@@ -131,7 +136,7 @@ def read(parts: list[Part], *, need_images: bool = True) -> RawSet:
         if categories is not None and declared != categories:
             first = parts[0].annotations.name
             raise DataError(
-                f"{part.annotations}: must declare the categories of {first}, got {declared.names[:5]}..."
+                f"{part.annotations}: must declare the categories of {first}, got {declared}"
             )
         categories = declared
         roots.append(_image_folder(part, content["images"], need_images))
@@ -177,12 +182,12 @@ def _categories(entries: list[Any], path: Path) -> CategoryMap:
 
 
 def _image_folder(part: Part, images: list[Any], need_images: bool) -> Path:
-    """The candidate that holds the most of the first images; without ``need_images`` nothing is looked up."""
+    """The candidate with the most of the first images; any where images are not needed."""
     if not need_images:
         return part.folders[0]
     folders = [f for f in dict.fromkeys(part.folders) if f.is_dir()]
-    names = [i.get("file_name") for i in images[:20] if isinstance(i, dict)]
-    names = [n for n in names if isinstance(n, str)]
+    entries = [i for i in images[:20] if isinstance(i, dict)]
+    names = [e["file_name"] for e in entries if isinstance(e.get("file_name"), str)]
     hits = [sum((f / n).is_file() for n in names) for f in folders]
     if not folders or (names and max(hits) == 0):
         tried = "\n".join(f"  {f}" for f in dict.fromkeys(part.folders))

@@ -1,4 +1,4 @@
-"""Data sets as the loader sees them: how many images, the pixels of one, its truth; small enough to share with workers."""
+"""Data sets as the loader sees them: how many images, the pixels of one, and the truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detkit.data.images import load_image
-from detkit.data.problems import ImageProblem, Report
+from detkit.data.problems import ImageFileError, Report
 from detkit.data.records import PackedJson, Records
 from detkit.types import CategoryMap
 
@@ -61,7 +61,8 @@ class DetectionDataset:
         """File of image ``index``; None where it lives in memory."""
         if self.pixels is not None:
             return None
-        return self.roots[int(self.records.roots[index])] / self.records.files[index]
+        root = self.roots[int(self.records.roots[index])]
+        return root / str(self.records.files[index])
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of image ``index`` in the pixel grid of its boxes."""
@@ -69,10 +70,15 @@ class DetectionDataset:
         return int(height), int(width)
 
     def image(self, index: int, at_least: tuple[int, int] | None = None) -> Image.Image:
-        """RGB pixels of image ``index``; a JPEG may come smaller, never below ``at_least`` (height, width).
+        """RGB pixels of image ``index``.
+
+        Args:
+            index: Which image.
+            at_least: (height, width) that is enough: a JPEG may come at 1/2, 1/4 or 1/8 of its
+                size, never below this.
 
         Raises:
-            ImageProblem: the file is gone or damaged.
+            ImageFileError: the file is gone or damaged.
         """
         if self.pixels is not None:
             return Image.fromarray(self.pixels[index])
@@ -84,8 +90,9 @@ class DetectionDataset:
     def truth(self) -> dict[str, list[dict[str, Any]]]:
         """The split as normalised COCO ground truth: ``images``, ``annotations``, ``categories``.
 
-        Every annotation has an id that is unique and not 0, ``area``, ``iscrowd`` and ``difficult``; boxes are
-        those of the file, not clipped. Images that turned out damaged while loading are left out.
+        Every annotation has an id that is unique and not 0, ``area``, ``iscrowd`` and
+        ``difficult``; boxes are those of the file, not clipped. Images that turned out damaged
+        while loading are left out.
         """
         images, annotations = [], []
         for index in range(len(self)):
@@ -164,10 +171,15 @@ class ClassificationDataset:
         return int(height), int(width)
 
     def image(self, index: int, at_least: tuple[int, int] | None = None) -> Image.Image:
-        """RGB pixels of image ``index``; a JPEG may come smaller, never below ``at_least`` (height, width).
+        """RGB pixels of image ``index``.
+
+        Args:
+            index: Which image.
+            at_least: (height, width) that is enough: a JPEG may come at 1/2, 1/4 or 1/8 of its
+                size, never below this.
 
         Raises:
-            ImageProblem: the file is gone or damaged.
+            ImageFileError: the file is gone or damaged.
         """
         if self.pixels is not None:
             return Image.fromarray(self.pixels[index])
@@ -177,10 +189,10 @@ class ClassificationDataset:
 
 
 def _same_size(image: Image.Image, size: tuple[int, int], path: Path) -> Image.Image:
-    """``image``, unless it is neither ``size`` nor that at 1/2, 1/4 or 1/8: the file has changed since it was opened."""
+    """``image``; raises where it has another size than when the set was opened."""
     height, width = size
     if any(image.size == (-(-width // k), -(-height // k)) for k in (1, 2, 4, 8)):
         return image
-    raise ImageProblem(
+    raise ImageFileError(
         "image-size", str(path), f"{image.width}x{image.height}, earlier {width}x{height}"
     )

@@ -1,14 +1,15 @@
-"""ImageFolder: ``train/<class>/*.jpg``, ``val/<class>/*.jpg``; the class is the folder, classes sort as text."""
+"""ImageFolder: ``train/<class>/*.jpg``, ``val/<class>/*.jpg``; class folders sort as text."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from detkit.data.images import check_complete, confine, is_image_name, read_header
-from detkit.data.problems import ImageProblem, Report
+from detkit.data.problems import ImageFileError, Report
 from detkit.errors import DataError
 
 EXPECTED = """\
@@ -21,7 +22,7 @@ _ALIASES = {"val": ("val", "valid", "validation", "test"), "train": ("train", "t
 
 @dataclass(frozen=True)
 class Sample:
-    """A usable image: file name relative to the split's folder, label 0..K-1, (height, width) as shown."""
+    """A usable image: file name in the split's folder, label 0..K-1, (height, width) as shown."""
 
     file: str
     label: int
@@ -40,7 +41,12 @@ def splits(path: Path) -> list[str]:
 
 
 def read(
-    path: Path, split: str, *, max_pixels: int, limit: int | None = 20
+    path: Path,
+    split: str,
+    *,
+    max_pixels: int,
+    limit: int | None = 20,
+    decode: Callable[[Path, int], None] = check_complete,
 ) -> tuple[list[str], list[Sample], Path, Report]:
     """Class names, every usable image in order, the split's folder, and the report.
 
@@ -59,13 +65,19 @@ def read(
     labels = {name: k for k, name in enumerate(classes)}
     root = root.resolve()
     report = Report(limit=limit)
-    samples = list(_usable(root, labels, max_pixels, report))
+    samples = list(_usable(root, labels, max_pixels, decode, report))
     report.images = report.annotations = len(samples)
+    counts = Counter(s.label for s in samples)
+    report.per_category = {name: counts[k] for name, k in labels.items()}
     return classes, samples, root, report
 
 
 def _usable(
-    root: Path, labels: dict[str, int], max_pixels: int, report: Report
+    root: Path,
+    labels: dict[str, int],
+    max_pixels: int,
+    decode: Callable[[Path, int], None],
+    report: Report,
 ) -> Iterator[Sample]:
     for name in _class_names(root):
         for file in _image_names(root / name):
@@ -76,8 +88,8 @@ def _usable(
             try:
                 path = confine(root, relative)
                 header = read_header(path, max_pixels)
-                check_complete(path, max_pixels)
-            except ImageProblem as problem:
+                decode(path, max_pixels)
+            except ImageFileError as problem:
                 report.add(problem.rule, relative, problem.what, "skip")
                 continue
             yield Sample(relative, labels[name], header.shown)

@@ -1,4 +1,4 @@
-"""Reading image files: the size first, then the pixels, always as 8-bit RGB, and only from inside the image folder."""
+"""Image files: the size first, then the pixels as 8-bit RGB, and only from inside their folder."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-from detkit.data.problems import ImageProblem
+from detkit.data.problems import ImageFileError
 
 SUFFIXES = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".ppm",
-        ".pgm",
-        ".jp2",
-    }
+    (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 )
 """File name endings (lower case) that count as images where a folder is listed."""
 
@@ -77,7 +64,7 @@ def is_image_name(name: str) -> bool:
 
 
 def confine(root: Path, name: str) -> Path:
-    """Path of file ``name`` of image folder ``root`` (resolved); raises ImageProblem where it leads out of it."""
+    """Path of file ``name`` in ``root`` (resolved); raises ImageFileError where it leads out."""
     windows = PureWindowsPath(name)
     if (
         os.path.isabs(name)
@@ -86,23 +73,23 @@ def confine(root: Path, name: str) -> Path:
         or ".." in windows.parts
         or "\0" in name
     ):
-        raise ImageProblem("image-path", name, "an absolute path or one with '..'")
+        raise ImageFileError("image-path", name, "an absolute path or one with '..'")
     path = Path(os.path.realpath(root / name))
     if not path.is_relative_to(root):
-        raise ImageProblem("image-path", name, "a link that leads out of the folder")
+        raise ImageFileError("image-path", name, "a link that leads out of the folder")
     return path
 
 
 def read_header(path: Path, max_pixels: int) -> Header:
-    """Size and orientation of an image file; raises ImageProblem where the file cannot be used."""
+    """Size and orientation of an image file; raises ImageFileError where it cannot be used."""
     with _opened(path, max_pixels) as image:
         return _header(image)
 
 
 def check_complete(path: Path, max_pixels: int) -> None:
-    """Raise ImageProblem where the file breaks off.
+    """Raise ImageFileError where the file breaks off.
 
-    A JPEG or PNG file that ends as its format ends counts as complete; any other is decoded to find out.
+    A JPEG or PNG that ends as its format does counts as complete; any other file is decoded.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -127,13 +114,13 @@ def load_image(
 
     Args:
         path: The file.
-        max_pixels: More pixels than this raise ImageProblem before anything is decoded.
+        max_pixels: More pixels than this raise ImageFileError before anything is decoded.
         as_stored: Leave the EXIF orientation out.
-        at_least: (height, width) that is enough, as shown: a JPEG may then be decoded at 1/2, 1/4 or 1/8 of its
-            size, never below this.
+        at_least: (height, width) that is enough, as shown: a JPEG may then be decoded at 1/2, 1/4
+            or 1/8 of its size, never below this.
 
     Raises:
-        ImageProblem: the file is missing, no image, damaged, or too large.
+        ImageFileError: the file is missing, no image, damaged, or too large.
     """
     with _opened(path, max_pixels) as image:
         turn = None if as_stored else _TURNS.get(_orientation(image))
@@ -145,7 +132,7 @@ def load_image(
             rgb = to_rgb(image)
         except _DECODE_ERRORS as error:
             rule = "image-truncated" if "truncated" in str(error).lower() else "image-unreadable"
-            raise ImageProblem(rule, str(path), str(error) or type(error).__name__) from error
+            raise ImageFileError(rule, str(path), str(error) or type(error).__name__) from error
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -155,8 +142,9 @@ _SWAPPING = {_TURNS[k] for k in (5, 6, 7, 8)}
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode.
 
-    Transparent pixels are laid over white, as most viewers show them. 16-bit grey is divided by 257 (the full range
-    0..65535 becomes 0..255), 32-bit integers likewise with clipping; floats are taken as 0..255.
+    Transparent pixels are laid over white, as most viewers show them. 16-bit grey is divided by 257
+    (the full range 0..65535 becomes 0..255), 32-bit integers likewise with clipping; floats are
+    taken as 0..255.
     """
     mode = image.mode
     if mode.startswith("I"):  # I, I;16, I;16L, I;16B, I;16N
@@ -182,27 +170,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    # Pillow has a pixel limit of its own, which warns and raises at fixed sizes; ours replaces it here.
+    # Pillow has a pixel limit of its own, which warns and raises at fixed sizes; ours replaces it.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         image = Image.open(path)
     except FileNotFoundError as error:
-        raise ImageProblem("image-missing", str(path), "no such file") from error
+        raise ImageFileError("image-missing", str(path), "no such file") from error
     except _DECODE_ERRORS as error:
         what = "an empty file" if path.is_file() and path.stat().st_size == 0 else _reason(error)
-        raise ImageProblem("image-unreadable", str(path), what) from error
+        raise ImageFileError("image-unreadable", str(path), what) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     with image:
         width, height = image.size
         if width * height > max_pixels:
             what = f"{width}x{height} = {width * height} pixels with a limit of {max_pixels}"
-            raise ImageProblem("image-too-large", str(path), what)
+            raise ImageFileError("image-too-large", str(path), what)
         yield image
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "no known image format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
@@ -217,7 +205,7 @@ def _header(image: Image.Image) -> Header:
 
 
 def _orientation(image: Image.Image) -> int:
-    # Asking Pillow for the EXIF data of a PNG without any decodes the whole image to look behind it.
+    # Asked for the EXIF data of a PNG that has none in front, Pillow decodes it to look behind.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
         return 1
     try:

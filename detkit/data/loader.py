@@ -1,7 +1,8 @@
 """Batches: which images each step takes, in which view, and the processes that read them.
 
-Nothing here remembers how far it has come. The images of step t and every random choice about them follow from
-(seed, t) alone, so resuming is starting at another step, and any number of worker processes gives the same batches.
+Nothing here remembers how far it has come. The images of step t and every random choice about them
+follow from (seed, t) alone, so resuming is starting at another step, and any number of worker
+processes gives the same batches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from detkit.config import Config
 from detkit.data import transforms
 from detkit.data.dataset import ClassificationDataset, DetectionDataset
-from detkit.data.problems import ImageProblem
+from detkit.data.problems import ImageFileError
 from detkit.errors import ConfigError, DataError
 from detkit.types import Batch, ClassificationBatch, Target
 
@@ -58,13 +59,13 @@ def train_batches(
 
     Args:
         dataset: The training split.
-        config: ``data`` for size, augmentation and workers; ``train`` for batch size, parts and seed.
+        config: ``data`` for size, augmentation and workers; ``train`` for batch size and seed.
         start_step: First step to give.
         rank: This process's number.
         world: How many processes share each batch.
 
     Yields:
-        This rank's share of a step's batch, as a list of ``config.train.accumulate`` batches of equal length.
+        This rank's share of a step's batch: ``config.train.accumulate`` batches of equal length.
 
     Raises:
         ConfigError: the batch size cannot be split evenly.
@@ -73,8 +74,8 @@ def train_batches(
     parts = config.train.accumulate
     if config.train.batch_size % (world * parts):
         raise ConfigError(
-            f"train.batch_size: must be a multiple of processes x train.accumulate = {world}x{parts}, "
-            f"got {config.train.batch_size}"
+            "train.batch_size: must be a multiple of processes x train.accumulate = "
+            f"{world}x{parts}, got {config.train.batch_size}"
         )
     plan = TrainPlan(dataset, config)
     keys = _train_keys(plan, start_step, rank, world, parts)
@@ -85,10 +86,10 @@ def train_batches(
 def eval_batches(
     dataset: AnyDataset, config: Config, *, batch_size: int = 1, rank: int = 0, world: int = 1
 ) -> Iterator[Any]:
-    """Every image once, in order, without augmentation; rank r of w takes images r, r + w, r + 2w, ...
+    """Every image once, in order, without augmentation; rank r of w takes r, r + w, r + 2w, ...
 
-    A file that turns out damaged is left out, logged and noted in ``dataset`` (``on_bad_image`` ``fail``: DataError).
-    Detection batches carry no targets; the truth is ``dataset.truth()``.
+    A file that turns out damaged is left out, logged and noted in ``dataset`` (``on_bad_image``
+    ``fail``: DataError). Detection batches carry no targets; the truth is ``dataset.truth()``.
     """
     indices = range(rank, len(dataset), world)
     keys = [
@@ -127,7 +128,8 @@ class TrainPlan:
         number, place = divmod(t, _WINDOW)
         if self._window[0] != number:
             self._window = (number, self._mixed(number, self._portrait))
-        return self._window[1][place]
+        pairs: NDArray[np.int64] = self._window[1][place]
+        return pairs
 
     def _mixed(self, number: int, portrait: NDArray[np.bool_]) -> NDArray[np.int64]:
         """(_WINDOW, batch_size, 2): upright and lying images mostly apart, which saves padding."""
@@ -182,9 +184,9 @@ def _grouped(batches: Iterator[Any], parts: int) -> Iterator[list[Any]]:
 
 @dataclass
 class _Loaded:
-    """A batch on its way from a worker: big arrays as tensors, small ones as they are, and what went wrong.
+    """A batch on its way from a worker, with what went wrong.
 
-    Each tensor costs an open file between processes, so boxes and labels travel as plain arrays.
+    Each tensor costs an open file between processes, so only the big ones are tensors yet.
     """
 
     images: Tensor | None = None
@@ -196,7 +198,7 @@ class _Loaded:
     files: list[str] = field(default_factory=list)
     image_ids: list[int | str] = field(default_factory=list)
     original_sizes: list[tuple[int, int]] = field(default_factory=list)
-    problems: list[tuple[int, ImageProblem]] = field(default_factory=list)
+    problems: list[tuple[int, ImageFileError]] = field(default_factory=list)
     failure: str = ""
 
 
@@ -238,13 +240,16 @@ class _Fetcher(Dataset[_Loaded]):
             transforms.normalise_into(out, view, self.config.data.mean, self.config.data.std)
 
     def _view(self, key: Key, loaded: _Loaded) -> Any:
-        """Pixels of one sample, its truth appended to ``loaded``; None where evaluation leaves a damaged file out."""
+        """Pixels of one sample, its truth appended to ``loaded``; None where it is left out.
+
+        Training takes the next image in the place of a damaged one, evaluation none.
+        """
         tries = len(self.dataset) if self.training else 1
         for offset in range(tries):
             index = (key.index + offset) % len(self.dataset)
             try:
                 return self._sample(Key(index, key.epoch, key.short_side), loaded)
-            except ImageProblem as problem:
+            except ImageFileError as problem:
                 if self.dataset.on_bad_image == "fail":
                     raise
                 loaded.problems.append((index, problem))
@@ -296,7 +301,8 @@ class _Fetcher(Dataset[_Loaded]):
     ) -> None:
         r, span = dataset.records, dataset.records.of_image(index)
         left, enough = transforms.still_visible(geometry, boxes)
-        # Difficult objects (VOC) and what a cut left over are neither targets nor background, as crowds are.
+        # Difficult objects (VOC) and what a cut left over are neither targets nor background, as
+        # crowds are.
         ignored = r.iscrowd[span] | r.difficult[span] | ~enough
         loaded.boxes.append(geometry.clipped(boxes)[left].astype(np.float32))
         loaded.labels.append(r.labels[span][left])
@@ -342,11 +348,11 @@ def _load(
     """Batches in the order of ``keys``; the workers end when the iterator is closed or dropped."""
     loader = DataLoader(
         fetcher,
-        batch_sampler=_Keys(keys),  # type: ignore[arg-type]
+        batch_sampler=_Keys(keys),
         collate_fn=_unchanged,
         num_workers=workers,
         worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # else torch draws a seed from its global stream, which belongs to the model
+        generator=torch.Generator(),  # not the global one: its next numbers are the model's
     )
     for loaded in loader:
         if loaded.failure:
@@ -357,18 +363,18 @@ def _load(
             yield _finished(loaded, isinstance(dataset, DetectionDataset))
 
 
-def _unchanged(loaded: _Loaded) -> _Loaded:
+def _unchanged(loaded: Any) -> Any:
     return loaded
 
 
 def _init_worker(_: int) -> None:
-    # Ctrl-C in a terminal reaches every process of the foreground group; the workers must outlive it, so that the
-    # main process can finish its step.
+    # Ctrl-C in a terminal reaches every process of the foreground group; the workers must outlive
+    # it, so that the main process can finish its step.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
-def _note(dataset: AnyDataset, index: int, problem: ImageProblem) -> None:
+def _note(dataset: AnyDataset, index: int, problem: ImageFileError) -> None:
     """Report a file that turned out damaged, once."""
     if index in dataset.damaged:
         return

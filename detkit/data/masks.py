@@ -1,4 +1,4 @@
-"""Segmentations as COCO json has them (polygons, RLE with a list or a string of counts): faults, areas, pixels."""
+"""Segmentations as COCO json has them: polygons, or RLE with its counts as a list or a string."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _rle_fault(rle: dict[str, Any], height: int, width: int) -> str:
 
 
 def _string_counts(text: str) -> list[int] | None:
-    """Run lengths of COCO's compact RLE: base-32 digits from chr(48), each run after the second less the one two before.
+    """Run lengths of COCO's compact RLE, or None where it breaks off; pycocotools does not check.
 
-    pycocotools trusts such strings and writes past its memory on a bad one, so they are decoded here first.
+    Digits of base 32 start at chr(48); from the fourth run on, the one two before is taken off.
     """
     runs: list[int] = []
     value = shift = 0
@@ -78,16 +78,20 @@ def _string_counts(text: str) -> list[int] | None:
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """One compressed RLE of a sound segmentation (polygons are rasterised and joined)."""
+    rle: dict[str, Any]
     if isinstance(segmentation, list):
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, height, width)
-    return segmentation
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        rle = coco_mask.frPyObjects(segmentation, height, width)
+    else:
+        rle = segmentation
+    return rle
 
 
 def decode(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """(height, width) mask of a sound segmentation."""
-    return coco_mask.decode(to_rle(segmentation, height, width)).astype(np.bool_)
+    pixels: NDArray[np.uint8] = coco_mask.decode(to_rle(segmentation, height, width))
+    return pixels.astype(np.bool_)
 
 
 def segmentation_area(segmentation: Any, height: int, width: int) -> float:
@@ -96,7 +100,7 @@ def segmentation_area(segmentation: Any, height: int, width: int) -> float:
 
 
 def segmentation_box(segmentation: Any, height: int, width: int) -> list[float]:
-    """Box (x, y, width, height) of a sound segmentation: a polygon's own extent, an RLE's pixels."""
+    """Box (x, y, width, height) of a sound segmentation: of its points or of its pixels."""
     if isinstance(segmentation, list):
         points = np.concatenate([np.reshape(p, (-1, 2)) for p in segmentation])
         low, high = points.min(axis=0), points.max(axis=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from detkit.config import DataConfig
-from detkit.data import coco, folder, synthetic
+from detkit.data import coco, folder, synthetic, voc, yolo
 from detkit.data.clean import CleanOptions, RawSet, clean, require_usable
 from detkit.data.dataset import ClassificationDataset, DetectionDataset
 from detkit.data.problems import Report
@@ -18,25 +18,46 @@ from detkit.types import CategoryMap
 SYNTHETIC = "synthetic"
 """The path that means the built-in set."""
 
+_LAYOUTS = {
+    "coco": coco.is_coco,
+    "voc": voc.is_voc,
+    "yolo": yolo.is_yolo,
+    "folder": folder.is_image_folder,
+}
+
 
 def layout(path: str) -> str:
-    """``synthetic``, ``coco`` or ``folder`` for what lies at ``path``; raises DataError with what was looked for."""
+    """``synthetic``, ``coco``, ``voc``, ``yolo`` or ``folder``.
+
+    Raises:
+        DataError: nothing detkit reads lies at ``path``; the message says what was looked for.
+    """
     if path == SYNTHETIC:
         return SYNTHETIC
     root = Path(path)
     if not root.exists():
-        raise DataError(
-            f"{path}: must be a data set's folder or file, or `synthetic`, got nothing there"
-        )
-    if coco.is_coco(root):
-        return "coco"
-    if root.is_dir() and folder.is_image_folder(root):
-        return "folder"
+        raise DataError(f"{path}: must be a data set's folder or file or `synthetic`, got nothing")
+    for name, found in _LAYOUTS.items():
+        if found(root):
+            return name
     have = ", ".join(sorted(p.name for p in root.iterdir())[:12]) if root.is_dir() else "a file"
-    raise DataError(
-        f"{path}: must be a data set detkit reads, got {have or 'an empty folder'}; expected one of\n"
-        f"COCO\n{coco.EXPECTED}\nImageFolder\n{folder.EXPECTED}"
+    trees = (
+        f"COCO\n{coco.EXPECTED}\nVOC\n{voc.EXPECTED}\n"
+        f"YOLO\n{yolo.EXPECTED}\nImageFolder\n{folder.EXPECTED}"
     )
+    raise DataError(
+        f"{path}: must be a data set detkit reads, got {have or 'an empty folder'}; "
+        f"expected one of\n{trees}"
+    )
+
+
+def splits(path: str) -> list[str]:
+    """Names of the splits at ``path``; errors as :func:`layout`."""
+    kind = layout(path)
+    if kind == SYNTHETIC:
+        return list(synthetic.IMAGES)
+    modules = {"coco": coco.splits, "voc": voc.splits, "yolo": yolo.splits, "folder": folder.splits}
+    return modules[kind](Path(path))
 
 
 def open_detection(
@@ -47,13 +68,13 @@ def open_detection(
     Args:
         path: Folder, annotation file, or ``synthetic``.
         split: ``train``, ``val`` or another the set has.
-        config: Image folder, pixel limit and what to do with unusable files; its own path and split are not used.
+        config: Image folder, pixel limit, what to do with unusable files; not its path and split.
         masks: Give targets masks; objects without one are left out.
         need_images: False reads the annotations only, for scoring a results file.
 
     Raises:
-        DataError: nothing readable at ``path``, no such split, no usable image, or an unusable one where
-            ``config.on_bad_image`` is ``fail``.
+        DataError: nothing readable at ``path``, no such split, no usable image, or an unusable one
+            where ``config.on_bad_image`` is ``fail``.
     """
     kind = layout(path)
     if kind == SYNTHETIC:
@@ -81,18 +102,23 @@ def open_detection(
 def read_raw(
     path: str, kind: str, split: str, config: DataConfig, *, need_images: bool = True
 ) -> RawSet:
-    """What the annotation files of a split say, before any check."""
+    """What the annotation files of a split of a detection set say, before any check."""
+    if kind == "voc":
+        return voc.read(Path(path), split)
+    if kind == "yolo":
+        return yolo.read(Path(path), split, max_pixels=config.max_pixels)
     return coco.read(coco.find(Path(path), split, config.images), need_images=need_images)
 
 
 def open_classification(path: str, split: str, config: DataConfig) -> ClassificationDataset:
-    """Open one split of an ImageFolder set, or of the built-in one; arguments and errors as open_detection."""
+    """Open one split of an ImageFolder or the built-in set; see :func:`open_detection`."""
     kind = layout(path)
     if kind == SYNTHETIC:
         return _synthetic_classification(split)
     if kind != "folder":
         raise DataError(
-            f"{path}: must be an ImageFolder set to train a classifier, got boxes; expected\n{folder.EXPECTED}"
+            f"{path}: must be an ImageFolder to train a classifier, got boxes; "
+            f"expected\n{folder.EXPECTED}"
         )
     classes, samples, root, report = folder.read(Path(path), split, max_pixels=config.max_pixels)
     require_usable(report, str(root), config.on_bad_image)

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: one name per rule, one record per finding, one report per split."""
+"""What can be wrong with a data set: a name per rule, a record per finding, a report per split."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RULES: dict[str, str] = {
     "box-clipped": "a box lies inside its image",
     "area-missing": "an annotation has an area",
     "iscrowd-missing": "an annotation says whether it is a crowd",
-    "segmentation-invalid": "a segmentation is polygons of three or more points, or RLE of the image's size",
+    "segmentation-invalid": "a segmentation is polygons of three or more points, or RLE",
     "segmentation-missing": "an object has a segmentation, where masks are asked for",
     "class-unknown": "a class folder of this split exists in the train split",
 }
@@ -59,7 +59,7 @@ class Problem:
         image_id: Image id, or None where there is none.
         annotation_id: Annotation id, or None.
         what: What was found, one phrase.
-        action: ``fix`` (repaired while reading) or ``skip`` (the image or the annotation is left out).
+        action: ``fix`` (repaired while reading) or ``skip`` (image or annotation left out).
     """
 
     rule: str
@@ -78,8 +78,8 @@ class Problem:
         return f"{self.rule}: {', '.join(where)}: {self.what}"
 
 
-class ImageProblem(DataError):
-    """An image file that cannot be used; ``rule`` is its key in :data:`RULES`, ``what`` the finding."""
+class ImageFileError(DataError):
+    """An image file that cannot be used: ``rule`` is a key of :data:`RULES`."""
 
     def __init__(self, rule: str, file: str, what: str) -> None:
         super().__init__(f"{file}: {RULES[rule]}, got {what}")
@@ -87,8 +87,8 @@ class ImageProblem(DataError):
         self.file = file
         self.what = what
 
-    def __reduce__(self) -> tuple[type[ImageProblem], tuple[str, str, str]]:
-        return ImageProblem, (self.rule, self.file, self.what)
+    def __reduce__(self) -> tuple[type[ImageFileError], tuple[str, str, str]]:
+        return ImageFileError, (self.rule, self.file, self.what)
 
 
 @dataclass
@@ -97,9 +97,10 @@ class Report:
 
     Attributes:
         counts: Findings per rule; every finding counts, listed or not.
-        problems: The findings. Skipped files are always listed; other findings up to ``limit`` per rule.
+        problems: The findings: all skipped files, and up to ``limit`` others per rule.
         images: Usable images.
         annotations: Usable annotations.
+        per_category: Usable annotations by category name.
         limit: How many fixes and left-out annotations per rule are listed; None lists all.
     """
 
@@ -107,6 +108,7 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     images: int = 0
     annotations: int = 0
+    per_category: dict[str, int] = field(default_factory=dict)
     limit: int | None = 20
 
     def add(
@@ -138,6 +140,7 @@ class Report:
         return {
             "images": self.images,
             "annotations": self.annotations,
+            "per_category": self.per_category,
             "counts": dict(sorted(self.counts.items())),
             "problems": [asdict(p) for p in self.problems],
         }

@@ -1,8 +1,8 @@
 """Images and annotations of a split as flat arrays.
 
-Loader processes share the parent's memory until they write to it, and reading a Python object writes its
-reference count. Millions of small objects would therefore be copied into every process bit by bit; a few
-arrays are not.
+Loader processes share the parent's memory until they write to it, and reading a Python object
+writes its reference count. Millions of small objects would therefore be copied into every process
+bit by bit; a few arrays are not.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class PackedJson:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Everything the annotation files say about the I usable images and A usable annotations of a split.
+    """What the annotation files say about the I usable images and A usable objects of a split.
 
     Attributes:
         image_ids: I ids, integers or strings.
         files: I file names relative to their image folder.
         roots: (I,) int16, which image folder.
         sizes: (I, 2) int32, (height, width) in the pixel grid the boxes are in.
-        as_stored: (I,) bool, True where the boxes are in the grid of the stored pixels, so that an EXIF
-            orientation must not be applied.
+        as_stored: (I,) bool, True where the boxes are in the grid of the stored pixels, so that
+            an EXIF orientation must not be applied.
         first: (I + 1,) int64; the annotations of image i are ``first[i]:first[i + 1]``.
         annotation_ids: (A,) int64, unique, not 0.
         bboxes: (A, 4) float64, x, y, width, height in pixels, as the file has them (not clipped).
@@ -84,4 +84,5 @@ class Records:
         xywh = self.bboxes[self.of_image(index)]
         height, width = (int(v) for v in self.sizes[index])
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        return np.clip(xyxy, 0, [width, height, width, height])
+        clipped: NDArray[np.float64] = np.clip(xyxy, 0, [width, height, width, height])
+        return clipped

@@ -1,12 +1,14 @@
-"""The built-in set: shapes of eight classes over textured backgrounds, made from a seed by integer arithmetic.
+"""The built-in set: shapes of eight classes over textured backgrounds, made from a seed.
 
-Colour and texture say nothing about the class, only the outline does; sizes run from 8 to 200 pixels; later shapes
-cover earlier ones. Raw PCG64 output, integers and uncompressed PNG keep every byte the same on every machine.
+Colour and texture say nothing about the class, only the outline does; sizes run from 8 to 200
+pixels; later shapes cover earlier ones. Raw PCG64 output, integers and uncompressed PNG keep every
+byte the same on every machine.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -35,21 +37,21 @@ CROP_SIZE = 64
 """Side of an image of the classification set."""
 
 _SPLITS = {"train": 0, "val": 1}
-# Longer side in pixels and, summed up, the percentage of objects: few of 8 to 20, whose outline is hard to tell.
+# Longer side (from, below) and the summed percentage of objects: few so small that it is guesswork.
 _SIZES = ((8, 20, 8), (20, 48, 42), (48, 100, 80), (100, 201, 100))
 _MAX_OBJECTS = 6
-# An object with less than this share of its pixels in sight is left out of the truth.
-_VISIBLE = 0.3
-# Placements that hide more than half of an earlier object are tried again, this often.
-_PLACE_TRIES = 5
+# No object hides more than this share (percent) of another's pixels: each place that would is
+# given up for another one, and after so many tries the new object is left out.
+_HIDDEN = 40
+_PLACE_TRIES = 8
 
 Pixels = NDArray[np.uint8]
-Ints = NDArray[np.int64]
+Ints = NDArray[np.int16] | NDArray[np.int32] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """An image (H, W, 3) uint8 with its objects: labels 1..8, xywh boxes of the visible pixels, (H, W) masks."""
+    """Image (H, W, 3) uint8; labels 1..8, xywh boxes and (H, W) masks of what is in sight."""
 
     image: Pixels
     labels: list[int]
@@ -70,10 +72,10 @@ class _Dice:
         """A whole number from ``low`` to ``high - 1``."""
         return low + self.below(high - low)
 
-    def bytes(self, *shape: int) -> Ints:
-        count = int(np.prod(shape))
+    def bytes(self, *shape: int) -> Pixels:
+        count = math.prod(shape)
         raw = self._bits.random_raw(-(-count // 8)).astype("<u8")
-        return raw.view(np.uint8)[:count].reshape(shape).astype(np.int64)
+        return raw.view(np.uint8)[:count].reshape(shape)
 
 
 def scene(split: str, index: int, *, size: int = SIZE, seed: int = 0) -> Scene:
@@ -84,18 +86,16 @@ def scene(split: str, index: int, *, size: int = SIZE, seed: int = 0) -> Scene:
     outlines: list[NDArray[np.bool_]] = []
     visible: list[NDArray[np.bool_]] = []
     for _ in range(dice.between(1, _MAX_OBJECTS + 1)):
-        label, outline = _placed(dice, size, outlines, visible)
+        label = dice.between(1, len(CLASSES) + 1)
+        shape = _outline(dice, label - 1, min(_longer_side(dice), size * 4 // 5))
+        outline = _placed(dice, shape, size, outlines, visible)
+        if outline is None:
+            continue
         _paint(dice, image, outline)
         visible = [v & ~outline for v in visible] + [outline]
         outlines.append(outline)
         labels.append(label)
-    kept = [i for i, v in enumerate(visible) if v.sum() >= _VISIBLE * outlines[i].sum()]
-    return Scene(
-        image.astype(np.uint8),
-        [labels[i] for i in kept],
-        [_bounds(visible[i]) for i in kept],
-        [visible[i] for i in kept],
-    )
+    return Scene(image.astype(np.uint8), labels, [_bounds(v) for v in visible], visible)
 
 
 def crop(split: str, index: int, *, seed: int = 0) -> tuple[Pixels, int]:
@@ -111,16 +111,19 @@ def crop(split: str, index: int, *, seed: int = 0) -> tuple[Pixels, int]:
 
 
 def _placed(
-    dice: _Dice, size: int, outlines: list[NDArray[np.bool_]], visible: list[NDArray[np.bool_]]
-) -> tuple[int, NDArray[np.bool_]]:
-    """A class and its outline in the image, hiding no earlier object by more than half if that can be had."""
-    label = dice.between(1, len(CLASSES) + 1)
-    shape = _outline(dice, label - 1, min(_longer_side(dice), size * 4 // 5))
+    dice: _Dice,
+    shape: NDArray[np.bool_],
+    size: int,
+    outlines: list[NDArray[np.bool_]],
+    visible: list[NDArray[np.bool_]],
+) -> NDArray[np.bool_] | None:
+    """(size, size) outline of a shape at a place where it hides little of the earlier objects."""
     for _ in range(_PLACE_TRIES):
         outline = _at_random_place(dice, shape, size)
-        if all(2 * (v & ~outline).sum() >= o.sum() for o, v in zip(outlines, visible, strict=True)):
-            break
-    return label, outline
+        pairs = zip(outlines, visible, strict=True)
+        if all(100 * (v & ~outline).sum() >= (100 - _HIDDEN) * o.sum() for o, v in pairs):
+            return outline
+    return None
 
 
 def _longer_side(dice: _Dice) -> int:
@@ -145,11 +148,11 @@ def _outline(dice: _Dice, shape: int, longer: int) -> NDArray[np.bool_]:
     s = h * w
     u = (2 * np.arange(w, dtype=np.int64) + 1 - w)[None, :] * h
     v = (2 * np.arange(h, dtype=np.int64) + 1 - h)[:, None] * w
-    inside = _inside(CLASSES[shape], u, v, s)
+    inside: NDArray[np.bool_] = _inside(CLASSES[shape], u, v, s)
     return inside[:, ::-1] if dice.below(2) else inside
 
 
-def _inside(name: str, u: Ints, v: Ints, s: int) -> NDArray[np.bool_]:
+def _inside(name: str, u: Ints, v: Ints, s: int) -> Any:
     a, b = np.abs(u), np.abs(v)
     match name:
         case "disc":
@@ -180,8 +183,8 @@ def _bounds(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 def _background(dice: _Dice, height: int, width: int) -> Ints:
     """(H, W, 3) values 0..255: two muted colours mixed by a pattern, with grain."""
-    base = dice.bytes(3) // 2 + 64
-    other = np.clip(base + dice.bytes(3) // 3 - 42, 0, 255)
+    base = dice.bytes(3).astype(np.int16) // 2 + 64
+    other = base + dice.bytes(3).astype(np.int16) // 3 - 42
     return _textured(dice, base, other, height, width, grain=16)
 
 
@@ -190,55 +193,57 @@ def _paint(dice: _Dice, image: Ints, outline: NDArray[np.bool_]) -> None:
     x, y, w, h = _bounds(outline)
     region = image[y : y + h, x : x + w]
     inside = outline[y : y + h, x : x + w]
-    under = region[inside].sum(axis=0) // int(inside.sum())
-    base = dice.bytes(3)
+    under = (region[inside].sum(axis=0, dtype=np.int64) // int(inside.sum())).astype(np.int16)
     for _ in range(20):
+        base = dice.bytes(3).astype(np.int16)
         if int(np.abs(base - under).sum()) >= 200:
             break
-        base = dice.bytes(3)
     else:
         base = np.where(under < 128, under + 110, under - 110)
-    other = np.clip(base + dice.bytes(3) // 4 - 32, 0, 255)
+    other = base + dice.bytes(3).astype(np.int16) // 4 - 32
     region[inside] = _textured(dice, base, other, h, w, grain=12)[inside]
 
 
 def _textured(dice: _Dice, base: Ints, other: Ints, height: int, width: int, grain: int) -> Ints:
-    mix = _pattern(dice, height, width)[:, :, None]
-    noise = dice.bytes(height, width)[:, :, None] * (2 * grain + 1) // 256 - grain
-    return np.clip((base * (255 - mix) + other * mix) // 255 + noise, 0, 255)
+    """(H, W, 3) values 0..255: a pattern of colours between ``base`` and ``other``, with grain."""
+    steps = np.arange(256, dtype=np.int32)[:, None]
+    colours = ((base * (255 - steps) + other * steps) // 255).astype(np.int16)  # (256, 3)
+    grains = (np.arange(256) * (2 * grain + 1) // 256 - grain).astype(np.int16)
+    noise = grains[dice.bytes(height, width)][:, :, None]
+    values: Ints = np.clip(colours[_pattern(dice, height, width)] + noise, 0, 255)
+    return values
 
 
-def _pattern(dice: _Dice, height: int, width: int) -> Ints:
-    """(H, W) values 0..255: plain, a ramp, stripes, checks or soft blotches."""
-    x, y = np.arange(width, dtype=np.int64)[None, :], np.arange(height, dtype=np.int64)[:, None]
+def _pattern(dice: _Dice, height: int, width: int) -> Pixels:
+    """(H, W) mix 0..255: plain, a ramp, stripes, checks or soft blotches."""
+    x, y = np.arange(width)[None, :], np.arange(height)[:, None]
     kind, period = dice.below(5), dice.between(3, 13)
     across, down = dice.between(-2, 3), dice.between(-2, 3)
     if kind == 0:
-        return np.zeros((height, width), dtype=np.int64)
+        return np.zeros((height, width), dtype=np.uint8)
     if kind == 1:
-        return (x * 128) // width + (y * 127) // height
+        return (x * 128 // width + y * 127 // height).astype(np.uint8)
     if kind == 2:
-        return (((x * across + y * (down or 1)) // period) & 1) * 255
+        return (((x * across + y * (down or 1)) // period & 1) * 255).astype(np.uint8)
     if kind == 3:
-        return (((x // period) ^ (y // period)) & 1) * 255
+        return (((x // period ^ y // period) & 1) * 255).astype(np.uint8)
     return _blotches(dice, height, width)
 
 
-def _blotches(dice: _Dice, height: int, width: int, cells: int = 5) -> Ints:
+def _blotches(dice: _Dice, height: int, width: int, cells: int = 5) -> Pixels:
     """Random values at the corners of a grid, linear in between, in 1/64 steps."""
-    grid = dice.bytes(cells + 1, cells + 1)
+    grid = dice.bytes(cells + 1, cells + 1).astype(np.int32)
     fy, fx = np.arange(height) * cells * 64 // height, np.arange(width) * cells * 64 // width
     (iy, ry), (ix, rx) = np.divmod(fy, 64), np.divmod(fx, 64)
-    ry, rx = ry[:, None], rx[None, :]
-    top = grid[iy][:, ix] * (64 - rx) + grid[iy][:, ix + 1] * rx
-    low = grid[iy + 1][:, ix] * (64 - rx) + grid[iy + 1][:, ix + 1] * rx
-    return (top * (64 - ry) + low * ry) // 4096
+    columns = grid[:, ix] * (64 - rx) + grid[:, ix + 1] * rx  # (cells + 1, W)
+    mixed: Ints = columns[iy] * (64 - ry)[:, None] + columns[iy + 1] * ry[:, None]
+    return (mixed // 4096).astype(np.uint8)
 
 
 def content(
     split: str, count: int, *, size: int = SIZE, seed: int = 0
 ) -> tuple[dict[str, Any], Iterator[Scene]]:
-    """An empty COCO json (categories only) for a split and its scenes, to be filled by :func:`add_to`."""
+    """A COCO json with the categories only, and the scenes for :func:`add_to` to fill it with."""
     if split not in _SPLITS:
         raise ConfigError(f"synthetic: split must be one of {', '.join(_SPLITS)}, got {split!r}")
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, 1)]
@@ -280,10 +285,10 @@ def write(
     size: int = SIZE,
     seed: int = 0,
 ) -> None:
-    """Write the detection set as COCO json with masks (RLE) and PNG files; the same bytes for the same arguments.
+    """Write the detection set as COCO json with masks (RLE) and PNG files, always the same bytes.
 
     Args:
-        folder: Gets ``annotations/instances_<split>.json`` and ``images/<split>/*.png``; must be new or empty.
+        folder: New or empty; gets ``annotations/instances_<split>.json``, ``images/<split>/``.
         images_train: Images of the train split.
         images_val: Images of the val split.
         size: Side of the square images in pixels, 64 or more.
@@ -312,7 +317,7 @@ def write(
 
 
 def png(image: Pixels) -> bytes:
-    """A PNG of an (H, W, 3) uint8 image, stored without compression: compressors differ between machines."""
+    """A PNG of an (H, W, 3) uint8 image, not compressed: compressors differ between machines."""
     height, width = image.shape[:2]
     rows = np.zeros(
         (height, 1 + 3 * width), dtype=np.uint8

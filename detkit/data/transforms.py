@@ -1,8 +1,9 @@
 """Geometry and colour of one sample: what is cut out, how it is scaled, whether it is mirrored.
 
-A :class:`Geometry` is drawn first, from the size alone; pixels, boxes, polygons and masks then all go through the
-same one. The pixel grid is continuous: pixel (i, j) covers [j, j + 1) x [i, i + 1), a box is xyxy in that grid, and
-resizing by s maps x to s * x (bilinear with half-pixel centres and, when shrinking, a triangle as wide as the step).
+A :class:`Geometry` is drawn first, from the size alone; pixels, boxes, polygons and masks then all
+go through the same one. The pixel grid is continuous: pixel (i, j) covers [j, j + 1) x [i, i + 1),
+a box is xyxy in that grid, and resizing by s maps x to s * x (bilinear with half-pixel centres and,
+when shrinking, a triangle as wide as the step).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from detkit.data import masks
 
-# A cut object keeps its truth while at least this share of its box is left; below, the rest becomes an ignored region.
+# An object stays truth while a cut leaves this share of its box; below, the rest is ignored.
 _KEPT_SHARE = 0.25
 _CROP_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
@@ -50,12 +51,12 @@ class Geometry:
 
     @property
     def needed(self) -> tuple[int, int]:
-        """(height, width) of the whole image from which nothing would have to be enlarged more than from the file."""
+        """(height, width) at which the whole image has all the detail that the result shows."""
         sy, sx = self.scale
         return math.ceil(self.source[0] * sy), math.ceil(self.source[1] * sx)
 
     def image(self, image: Image.Image) -> Image.Image:
-        """The pixels; ``image`` is the whole image, or one decoded at 1/2, 1/4 or 1/8 of its size."""
+        """The pixels; ``image`` is the whole image, maybe at 1/2, 1/4 or 1/8 of its size."""
         reduced = round(max(self.source) / max(image.size))
         x0, y0, x1, y1 = (v / reduced for v in self.crop)
         height, width = self.size
@@ -92,7 +93,7 @@ class Geometry:
 
 
 def resized(source: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) with the shorter side ``short_side``, or less where the longer would pass ``long_side``."""
+    """(height, width) with the shorter side ``short_side`` and the longer at most ``long_side``."""
     factor = min(short_side / min(source), long_side / max(source))
     height, width = (max(1, math.floor(side * factor + 0.5)) for side in source)
     return height, width
@@ -151,15 +152,15 @@ def _random_crop(
 def random_classification(
     rng: Generator, source: tuple[int, int], *, side: int, flip: float, min_area: float
 ) -> Geometry:
-    """A training view for classifiers: a rectangle of ``min_area``..1 of the area, as a square of ``side`` pixels.
+    """A training view for classifiers: ``min_area``..1 of the area as a square of ``side`` pixels.
 
-    Its ratio of width to height is drawn between 3/4 and 4/3; with ``min_area`` 1 it is the central square.
+    Width to height is drawn between 3/4 and 4/3; with ``min_area`` 1 it is the central square.
     """
     height, width = source
     mirrored = bool(rng.random() < flip)
     for _ in range(_CROP_TRIES if min_area < 1 else 0):
         area = height * width * rng.uniform(min_area, 1)
-        ratio = math.exp(rng.uniform(*map(math.log, _RATIO)))
+        ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             y0, x0 = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
@@ -169,7 +170,7 @@ def random_classification(
 
 
 def central(source: tuple[int, int], *, side: int, share: float) -> Geometry:
-    """The central square whose side is ``share`` of the shorter side; what classifiers are evaluated on."""
+    """The central square, ``share`` of the shorter side; what classifiers are evaluated on."""
     height, width = source
     edge = min(source) * share
     x0, y0 = (width - edge) / 2, (height - edge) / 2
@@ -200,7 +201,7 @@ def jitter(rng: Generator, image: Image.Image, strength: float) -> Image.Image:
 def normalise_into(
     out: Tensor, image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
-    """Write (value / 255 - mean) / std of an RGB image into the top left of ``out`` (3, H, W) float32."""
+    """Write (value / 255 - mean) / std of an RGB image into the top left of ``out`` (3, H, W)."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w) uint8
     offset = torch.tensor(mean).mul(255).reshape(3, 1, 1)
     factor = torch.tensor(std).mul(255).reciprocal().reshape(3, 1, 1)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -111,6 +113,20 @@ def _report_missing(op: str, device: str) -> None:
             ReferenceWarning,
             stacklevel=4,
         )
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Every operator runs its reference inside the block, for comparisons; for one thread only."""
+    global MODE
+    mode, kernels = MODE, dict(KERNELS)
+    MODE = "reference"
+    KERNELS.update({op: frozenset() for op in OPS})
+    try:
+        yield
+    finally:
+        MODE = mode
+        KERNELS.update(kernels)
 
 
 def backend() -> dict[str, str]:

@@ -1,0 +1,82 @@
+"""Looking a data set over: every problem of every split, by the rules that training applies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detkit.config import DataConfig
+from detkit.data import folder
+from detkit.data.clean import CleanOptions, clean
+from detkit.data.images import load_image
+from detkit.data.open import SYNTHETIC, layout, open_detection, read_raw, splits
+from detkit.data.problems import RULES, Report
+from detkit.errors import DataError
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What :func:`check` found.
+
+    Attributes:
+        path: The data set.
+        layout: ``coco``, ``voc``, ``yolo``, ``folder`` or ``synthetic``.
+        splits: Every finding of each split.
+    """
+
+    path: str
+    layout: str
+    splits: dict[str, Report]
+
+    @property
+    def problems(self) -> int:
+        """Findings in all splits."""
+        return sum(sum(report.counts.values()) for report in self.splits.values())
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain types for JSON: the splits with their problems, and what the broken rules ask."""
+        broken = sorted({rule for report in self.splits.values() for rule in report.counts})
+        return {
+            "path": self.path,
+            "layout": self.layout,
+            "problems": self.problems,
+            "splits": {name: report.to_plain() for name, report in self.splits.items()},
+            "rules": {rule: RULES[rule] for rule in broken},
+        }
+
+
+def check(path: str, split: str | None = None, config: DataConfig | None = None) -> CheckReport:
+    """Apply every rule to one split of a data set, or to all; decodes every image.
+
+    Args:
+        path: Folder, annotation file, or ``synthetic``.
+        split: One split; None checks all that the set has.
+        config: Pixel limit and image folder; the defaults without.
+
+    Raises:
+        DataError: nothing readable at ``path``, no split, or an annotation file that is no such
+            file.
+    """
+    config = config or DataConfig()
+    kind = layout(path)
+    names = [split] if split is not None else splits(path)
+    if not names:
+        raise DataError(f"{path}: must have at least one split, got none")
+    return CheckReport(path, kind, {n: _check_split(path, kind, n, config) for n in names})
+
+
+def _check_split(path: str, kind: str, split: str, config: DataConfig) -> Report:
+    if kind == SYNTHETIC:
+        return open_detection(path, split, config).report
+    if kind == "folder":
+        *_, report = folder.read(
+            Path(path), split, max_pixels=config.max_pixels, limit=None, decode=_decode
+        )
+        return report
+    options = CleanOptions(max_pixels=config.max_pixels, limit=None, decode=_decode)
+    return clean(read_raw(path, kind, split, config), options)[1]
+
+
+def _decode(path: Path, max_pixels: int) -> None:
+    load_image(path, max_pixels)
