@@ -191,7 +191,7 @@ Sizes = dict[int | str, tuple[int, int]]
 
 def _sizes(truth: Record) -> Sizes:
     """(height, width) by image id, of the images that state them."""
-    stated = (i for i in truth["images"] if "height" in i and "width" in i)
+    stated = (i for i in truth["images"] if i.get("height") and i.get("width"))
     return {i["id"]: (i["height"], i["width"]) for i in stated}
 
 
