@@ -16,7 +16,7 @@ from detkit.cli.options import Common, Tables, common_options, emit
 )
 @common_options()
 def command(common: Common, steps: int | None) -> None:
-    r"""Pre-train, fine-tune and evaluate on synthetic shapes: at most five minutes on two CPU cores.
+    r"""Pre-train, fine-tune and evaluate on synthetic shapes: five minutes on two CPU cores.
 
     \b
     Examples:

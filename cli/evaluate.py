@@ -120,7 +120,7 @@ def _coco_folder(value: str) -> str:
     if not Path(folder).exists():
         tree = "\n  ".join(_COCO_TREE.splitlines())
         raise ConfigError(
-            f"--coco: must be a folder with the COCO 2017 layout, got {folder!r}, which is not there;"
+            f"--coco: must be a folder with the COCO 2017 layout, got {folder!r}, not there;"
             f" give --coco DIR or set DETKIT_COCO to a folder with\n  {tree}"
         )
     return folder

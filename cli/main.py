@@ -25,7 +25,7 @@ COMMANDS = {
     "demo": "Pre-train, fine-tune and evaluate on synthetic data, in minutes.",
 }
 _FILES = {"eval": "evaluate"}
-_MEMORY_HINT = "try a smaller --batch-size, more train.accumulate, a smaller data.short_side or fewer --workers"
+_MEMORY_HINT = "try a smaller --batch-size or data.short_side, or more train.accumulate"
 
 
 class LazyGroup(click.Group):
