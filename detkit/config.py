@@ -79,13 +79,13 @@ class AnchorConfig:
 
     def __post_init__(self) -> None:
         _require(
-            all(s > 0 for s in self.sizes) and self.sizes,
+            min(self.sizes, default=0) > 0,
             "anchors.sizes",
             "positive numbers",
             self.sizes,
         )
         _require(
-            all(r > 0 for r in self.ratios) and self.ratios,
+            min(self.ratios, default=0) > 0,
             "anchors.ratios",
             "positive numbers",
             self.ratios,

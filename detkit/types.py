@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -158,11 +158,11 @@ class CategoryMap:
         """Category name of a label 1..K."""
         return self.names[label - 1]
 
-    def to_plain(self) -> dict[str, list]:
+    def to_plain(self) -> dict[str, list[Any]]:
         """Plain types for a checkpoint."""
         return {"names": list(self.names), "ids": list(self.ids)}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, list]) -> CategoryMap:
+    def from_plain(cls, plain: dict[str, list[Any]]) -> CategoryMap:
         """The map that :meth:`to_plain` wrote."""
         return cls(plain["names"], plain["ids"])
