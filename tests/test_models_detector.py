@@ -302,7 +302,7 @@ def test_steps_repeat_bit_for_bit() -> None:
 
 
 def test_overfits_two_images_and_finds_their_objects() -> None:
-    model = _train(60)
+    model = _train(110)
     model.eval()
     data = batch(*some())
     for found, truth in zip(model.detect(data.images, data.sizes), data.targets, strict=True):
