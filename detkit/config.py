@@ -57,13 +57,10 @@ class ModelConfig:
     """Stages of the backbone whose weights stay fixed: 0 none, 1 the stem only (DetNet), 2 stem and conv2."""
     neck_channels: int = 256
     """Channels of every FPN level."""
-    scales: str = "off"
-    """Global scale learning (POD): off or learn."""
 
     def __post_init__(self) -> None:
         _one_of("model.norm", self.norm, NORMS)
         _one_of("model.head_norm", self.head_norm, ("none", "bn", "sync_bn", "gn"))
-        _one_of("model.scales", self.scales, ("off", "learn"))
         _require(0 <= self.frozen_stages <= 6, "model.frozen_stages", "in 0..6", self.frozen_stages)
         _require(self.neck_channels > 0, "model.neck_channels", "positive", self.neck_channels)
 
@@ -234,7 +231,7 @@ class TrainConfig:
     accumulate: int = 1
     """Parts each process splits its share of the batch into."""
     amp: str = "off"
-    """Mixed precision: off, bf16 or fp16; boxes and losses stay fp32."""
+    """Mixed precision: off, bf16, fp16, or auto (bf16 where the hardware has it); boxes and losses stay fp32."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights, per step; 0 turns it off."""
     clip: float = 0.0
@@ -251,7 +248,7 @@ class TrainConfig:
     """Steps between writes of last.pth."""
 
     def __post_init__(self) -> None:
-        _one_of("train.amp", self.amp, ("off", "bf16", "fp16"))
+        _one_of("train.amp", self.amp, ("off", "auto", "bf16", "fp16"))
         given = [k for k in ("steps", "epochs", "minutes") if getattr(self, k)]
         _require(len(given) <= 1, "train", "given one of steps, epochs and minutes", given)
         for name in ("steps", "epochs", "minutes", "clip", "label_smoothing"):
