@@ -24,7 +24,6 @@ from detkit.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    DetkitError,
     NonFiniteError,
     StorageError,
 )
@@ -193,17 +192,19 @@ def read(path: str | Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"checkpoint {path}: must be an existing file, got {_kind_of_path(path)}")
     try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd pickles, which are refused below
-            _check_sums(file)
-            return torch.load(file, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise StorageError(
             f"checkpoint {path}: must be readable, got {error.strerror or error}"
         ) from error
-    except DetkitError as error:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles, which are refused below
+            _check_sums(content)
+            return torch.load(content, map_location="cpu", weights_only=True)
+    except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
-    except Exception as error:  # damaged bytes surface as almost any type
+    except Exception as error:  # damaged bytes surface as almost any type, OSError too
         raise CheckpointError(f"checkpoint {path}: {_reason(error)}") from error
 
 
@@ -211,7 +212,7 @@ def _kind_of_path(path: Path) -> str:
     return "a folder" if path.is_dir() else "nothing there"
 
 
-def _check_sums(file: io.BufferedReader) -> None:
+def _check_sums(file: io.BytesIO) -> None:
     """Compare the archive's checksums, which torch's own reader skips."""
     if zipfile.is_zipfile(file):
         file.seek(0)
