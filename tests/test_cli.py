@@ -60,7 +60,9 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_help_and_import_load_no_torch() -> None:
-    code = "import sys, detkit, detkit.cli.main as m; m.run(['--help']); print('torch' in sys.modules)"
+    code = (
+        "import sys, detkit, detkit.cli.main as m; m.run(['--help']); print('torch' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.endswith("False\n")
 
@@ -82,7 +84,11 @@ def test_help_and_import_load_no_torch() -> None:
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_2(
-    line: str, hint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    hint: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, answer = call(capsys, *shlex.split(line))
@@ -94,18 +100,24 @@ def test_wrong_usage_is_one_sentence_and_exit_2(
 def test_road_trains_evaluates_and_scores_its_own_detections(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, scores = call(capsys, "eval", "--data", "shapes", "--analysis", "--save-detections", "found.json")
+    code, scores = call(
+        capsys, "eval", "--data", "shapes", "--analysis", "--save-detections", "found.json"
+    )
     assert code == 0
     assert set(scores["bbox"]) == BOX_NUMBERS
     assert scores["images"] == 4
     assert len(scores["per_class"]) == 8
     assert set(scores["analysis"]) == {"AP", "AR", "AR_class_agnostic"}
-    code, again = call(capsys, "eval", "--data", "shapes", "--detections", "found.json", "--analysis")
+    code, again = call(
+        capsys, "eval", "--data", "shapes", "--detections", "found.json", "--analysis"
+    )
     assert code == 0
     assert {k: again[k] for k in ("bbox", "per_class", "analysis")} == {
         k: scores[k] for k in ("bbox", "per_class", "analysis")
     }
-    code, voc = call(capsys, "eval", "--data", "shapes", "--detections", "found.json", "--metric", "voc07")
+    code, voc = call(
+        capsys, "eval", "--data", "shapes", "--detections", "found.json", "--metric", "voc07"
+    )
     assert code == 0
     assert 0 <= voc["voc07"]["mAP"] <= 1
 
@@ -122,11 +134,21 @@ def test_finetune_without_arguments_starts_from_the_newest_pretrain_run(
 def test_resume_auto_continues_the_same_run_and_ends_alike(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["finetune", "--data", "shapes", "--recipe", "tiny/frcnn-fpn", *SMALL, "--set", "train.save_every=2"]
+    line = [
+        "finetune",
+        "--data",
+        "shapes",
+        "--recipe",
+        "tiny/frcnn-fpn",
+        *SMALL,
+        "--set",
+        "train.save_every=2",
+    ]
     code, whole = call(capsys, *line, "--steps", "4", "--out", "whole")
     assert code == 0
     again = subprocess.Popen(
-        [sys.executable, "-m", "detkit.cli", *line, "--steps", "4", "--out", "parts"], stderr=subprocess.PIPE
+        [sys.executable, "-m", "detkit.cli", *line, "--steps", "4", "--out", "parts"],
+        stderr=subprocess.PIPE,
     )
     while not Path("parts/last.pth").exists() and again.poll() is None:
         time.sleep(0.05)
@@ -135,14 +157,18 @@ def test_resume_auto_continues_the_same_run_and_ends_alike(
     code, resumed = call(capsys, *line, "--steps", "4", "--out", "parts", "--resume", "auto")
     assert code == 0
     assert resumed["metrics"] == whole["metrics"]
-    weights = [torch.load(f"{name}/last.pth", weights_only=True)["model"] for name in ("whole", "parts")]
+    weights = [
+        torch.load(f"{name}/last.pth", weights_only=True)["model"] for name in ("whole", "parts")
+    ]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 def test_out_is_never_overwritten(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("keep")
-    code, answer = call(capsys, "finetune", "--data", "shapes", "--steps", "1", *SMALL, "--out", "mine")
+    code, answer = call(
+        capsys, "finetune", "--data", "shapes", "--steps", "1", *SMALL, "--out", "mine"
+    )
     assert code == 2
     assert "notes.txt" in answer["error"]
     assert Path("mine/notes.txt").read_text() == "keep"
@@ -170,7 +196,9 @@ def test_init_from_keeps_classes_by_name_and_refuses_other_architectures(
     assert "model.backbone" in answer["error"]
 
 
-def test_broken_and_foreign_checkpoints_are_exit_3(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_and_foreign_checkpoints_are_exit_3(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("broken.pth").write_bytes(b"not a checkpoint")
     torch.save({"state_dict": {}}, "foreign.pth")
     for name in ("broken.pth", "foreign.pth"):
@@ -228,7 +256,11 @@ def test_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bccd", "coco_mini", "raccoon_voc", "nuts_seg"])
 def test_real_sets_train_and_evaluate(
-    name: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    real_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = str(real_data / name)
@@ -242,10 +274,15 @@ def test_real_sets_train_and_evaluate(
 
 @pytest.mark.slow
 def test_real_image_folder_pretrains(
-    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    real_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = str(real_data / "sign_digits_imagefolder")
-    code, result = call(capsys, "pretrain", "--data", data, "--recipe", "tiny/pretrain", "--steps", "2")
+    code, result = call(
+        capsys, "pretrain", "--data", data, "--recipe", "tiny/pretrain", "--steps", "2"
+    )
     assert code == 0
     assert 0 <= result["metrics"]["top1"] <= 1
