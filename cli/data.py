@@ -13,7 +13,7 @@ from detkit.cli.options import Common, common_options, emit
 
 @click.group("data")
 def command() -> None:
-    """Check and make data sets.
+    r"""Check and make data sets.
 
     \b
     Examples:
@@ -28,7 +28,7 @@ def command() -> None:
 @click.option("--images", default="", help="Image folder, where an annotation file stands alone.")
 @common_options()
 def check_command(common: Common, path: str, split: str | None, images: str) -> None:
-    """List every problem of a data set with file, image id, annotation id and rule.
+    r"""List every problem of a data set with file, image id, annotation id and rule.
 
     \b
     Examples:
@@ -49,11 +49,19 @@ def _show(report: dict[str, Any]) -> None:
 
     columns = ["rule", "action", "file", "image_id", "annotation_id", "what"]
     splits = report["splits"].items()
-    rows = [[name, *(str(p[c]) for c in columns)] for name, split in splits for p in split["problems"]]
+    rows = [
+        [name, *(str(p[c]) for c in columns)] for name, split in splits for p in split["problems"]
+    ]
     if rows:
         print_table(rows_table("problems", ["split", *columns], rows))
     sizes = [[name, s["images"], s["annotations"], sum(s["counts"].values())] for name, s in splits]
-    print_table(rows_table(f"{report['path']} ({report['layout']})", ["split", "images", "boxes", "problems"], sizes))
+    print_table(
+        rows_table(
+            f"{report['path']} ({report['layout']})",
+            ["split", "images", "boxes", "problems"],
+            sizes,
+        )
+    )
     for rule, what in report["rules"].items():
         click.echo(f"{rule}: {what}")
 
@@ -64,8 +72,10 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--val", "images_val", default=100, show_default=True, help="Validation images.")
 @click.option("--size", default=256, show_default=True, help="Side of the images in pixels.")
 @common_options()
-def synth_command(common: Common, folder: Path, images_train: int, images_val: int, size: int) -> None:
-    """Write the synthetic set (COCO json with masks); the same seed writes the same bytes.
+def synth_command(
+    common: Common, folder: Path, images_train: int, images_val: int, size: int
+) -> None:
+    r"""Write the synthetic set (COCO json with masks); the same seed writes the same bytes.
 
     \b
     Example:
@@ -76,6 +86,14 @@ def synth_command(common: Common, folder: Path, images_train: int, images_val: i
     result = {"folder": str(folder), "train": images_train, "val": images_val, "size": size}
     if not common.dry_run:
         synthetic.write(
-            folder, images_train=images_train, images_val=images_val, size=size, seed=common.seed or 0
+            folder,
+            images_train=images_train,
+            images_val=images_val,
+            size=size,
+            seed=common.seed or 0,
         )
-    emit(common, result, lambda: click.echo(f"wrote {images_train} + {images_val} images to {folder}"))
+    emit(
+        common,
+        result,
+        lambda: click.echo(f"wrote {images_train} + {images_val} images to {folder}"),
+    )

@@ -1,4 +1,4 @@
-"""`detkit demo`: pre-train, fine-tune and evaluate on synthetic shapes, with a table and a picture at the end."""
+"""`detkit demo`: pre-train, fine-tune and evaluate on synthetic shapes; a table and a picture."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from detkit.cli.options import Common, Tables, common_options, emit
 
 
 @click.command("demo")
-@click.option("--steps", type=click.IntRange(1), help="Steps of each training, to see it run in seconds.")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Steps of each training, to see it run in seconds."
+)
 @common_options()
 def command(common: Common, steps: int | None) -> None:
-    """Pre-train, fine-tune and evaluate on synthetic shapes: at most five minutes on two CPU cores.
+    r"""Pre-train, fine-tune and evaluate on synthetic shapes: five minutes on two CPU cores.
 
     \b
     Examples:
@@ -23,7 +25,11 @@ def command(common: Common, steps: int | None) -> None:
     """
     extra: list[Tables] = [{"train": {"steps": steps}}] if steps else []
     if common.dry_run:
-        plan = {"dry_run": True, "parts": ["pretrain", "finetune", "eval"], "out": str(common.out or "runs/demo")}
+        plan = {
+            "dry_run": True,
+            "parts": ["pretrain", "finetune", "eval"],
+            "out": str(common.out or "runs/demo"),
+        }
         emit(common, plan, lambda: click.echo(plan))
         return
     result = _run(common, [*common.layers(), *extra])

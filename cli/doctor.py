@@ -12,7 +12,7 @@ from detkit.cli.options import Common, common_options, emit
 @click.command("doctor")
 @common_options()
 def command(common: Common) -> None:
-    """Show what is installed, which operator runs on which kernel and why, and what to do.
+    r"""Show what is installed, which operator runs on which kernel and why, and what to do.
 
     \b
     Example:

@@ -20,12 +20,20 @@ val2017/*.jpg"""
 
 @click.command("eval")
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option("--coco", is_flag=False, flag_value="", default=None, metavar="[DIR]", help="COCO 2017 folder.")
-@click.option("--data", metavar="PATH", help="Data set; by default the one the checkpoint was trained on.")
+@click.option(
+    "--coco", is_flag=False, flag_value="", default=None, metavar="[DIR]", help="COCO 2017 folder."
+)
+@click.option(
+    "--data", metavar="PATH", help="Data set; by default the one the checkpoint was trained on."
+)
 @click.option("--split", default="val", show_default=True, help="Split to score on.")
 @click.option("--images", default="", help="Image folder, where an annotation file stands alone.")
-@click.option("--detections", type=click.Path(path_type=Path), help="COCO results file to score; no model.")
-@click.option("--save-detections", type=click.Path(path_type=Path), help="Write the detections here.")
+@click.option(
+    "--detections", type=click.Path(path_type=Path), help="COCO results file to score; no model."
+)
+@click.option(
+    "--save-detections", type=click.Path(path_type=Path), help="Write the detections here."
+)
 @click.option("--analysis", is_flag=True, help="Also AP and AR by IoU and area.")
 @click.option(
     "--metric",
@@ -44,7 +52,7 @@ def command(
     images: str,
     **options: Any,
 ) -> None:
-    """Score CHECKPOINT, by default the newest detector run, on a data set.
+    r"""Score CHECKPOINT, by default the newest detector run, on a data set.
 
     \b
     Examples:
@@ -56,7 +64,10 @@ def command(
     from detkit import api
 
     if coco is not None and coco.endswith(".pth") and checkpoint is None:
-        checkpoint, coco = Path(coco), ""  # `--coco best.pth`: the value was meant as the checkpoint
+        checkpoint, coco = (
+            Path(coco),
+            "",
+        )  # `--coco best.pth`: the value was meant as the checkpoint
     path = data if coco is None else _coco_folder(coco)
     if checkpoint is None and options["detections"] is None:
         checkpoint = Path(str(api.newest_checkpoint("finetune")))
@@ -109,7 +120,7 @@ def _coco_folder(value: str) -> str:
     if not Path(folder).exists():
         tree = "\n  ".join(_COCO_TREE.splitlines())
         raise ConfigError(
-            f"--coco: must be a folder with the COCO 2017 layout, got {folder!r}, which does not exist;"
+            f"--coco: must be a folder with the COCO 2017 layout, got {folder!r}, not there;"
             f" give --coco DIR or set DETKIT_COCO to a folder with\n  {tree}"
         )
     return folder

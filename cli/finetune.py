@@ -18,14 +18,25 @@ DEFAULT_RECIPE = "tiny/frcnn-fpn"
     metavar="FILE",
     help="Checkpoint to start from: a backbone's fills the backbone, a detector's all of the net.",
 )
-@click.option("--allow-partial", is_flag=True, help="Accept missing and left-over weights of --init-from.")
+@click.option(
+    "--allow-partial", is_flag=True, help="Accept missing and left-over weights of --init-from."
+)
 @training_options
 @common_options(
-    "--detector", "--backbone", "--data", "--split", "--images", "--on-bad-image", "--workers", "--steps",
-    "--epochs", "--minutes", "--batch-size",
-)  # fmt: skip
+    "--detector",
+    "--backbone",
+    "--data",
+    "--split",
+    "--images",
+    "--on-bad-image",
+    "--workers",
+    "--steps",
+    "--epochs",
+    "--minutes",
+    "--batch-size",
+)
 def command(common: Common, **options: Any) -> int:
-    """Train a detector on a COCO, VOC or YOLO set, or on synthetic shapes.
+    r"""Train a detector on a COCO, VOC or YOLO set, or on synthetic shapes.
 
     Without arguments it starts from the newest pretrain run and the synthetic set.
 

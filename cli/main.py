@@ -25,16 +25,18 @@ COMMANDS = {
     "demo": "Pre-train, fine-tune and evaluate on synthetic data, in minutes.",
 }
 _FILES = {"eval": "evaluate"}
-_MEMORY_HINT = "try a smaller --batch-size, more train.accumulate, a smaller data.short_side or fewer --workers"
+_MEMORY_HINT = "try a smaller --batch-size or data.short_side, or more train.accumulate"
 
 
 class LazyGroup(click.Group):
     """A group whose commands live in files of their own; the help text needs none of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the help text."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, its file imported now."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"detkit.cli.{_FILES.get(cmd_name, cmd_name)}")
@@ -44,12 +46,14 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Click's resolution, with the nearest name for an unknown one."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             hint = suggest(args[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
             raise click.UsageError(f"unknown command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One line per command, from the table above."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -57,7 +61,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="detkit")
 def cli() -> None:
-    """Design, train, slim, search and deploy convolutional object detectors.
+    r"""Design, train, slim, search and deploy convolutional object detectors.
 
     \b
     Examples:

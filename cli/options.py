@@ -57,12 +57,20 @@ class Common:
 
 
 _COMMON = (
-    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, logs on stderr."),
+    click.option(
+        "--json", "as_json", is_flag=True, help="One JSON object on stdout, logs on stderr."
+    ),
     click.option("--seed", type=int, help="Seed of weights, order and augmentation."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>."),
+    click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>."
+    ),
     click.option("--out", type=click.Path(path_type=Path), help="Folder for the results."),
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."),
-    click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file of settings."),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."
+    ),
+    click.option(
+        "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of settings."
+    ),
     click.option("--recipe", help="Settings that detkit ships; `detkit models` lists them."),
     click.option("--dry-run", is_flag=True, help="Show what would run and stop."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
@@ -74,18 +82,26 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "--backbone": ("model", "backbone", {"help": "Backbone; `detkit models` lists them."}),
     "--data": ("data", "path", {"help": "Data set in any layout detkit reads, or `synthetic`."}),
     "--split": ("data", "split", {"help": "Split to train on."}),
-    "--images": ("data", "images", {"help": "Image folder, where an annotation file stands alone."}),
+    "--images": (
+        "data",
+        "images",
+        {"help": "Image folder, where an annotation file stands alone."},
+    ),
     "--on-bad-image": ("data", "on_bad_image", {"help": "skip or fail."}),
     "--workers": ("data", "workers", {"type": int, "help": "Loader processes."}),
     "--steps": ("train", "steps", {"type": int, "help": "Length in optimiser steps."}),
     "--epochs": ("train", "epochs", {"type": float, "help": "Length in passes over the split."}),
     "--minutes": ("train", "minutes", {"type": float, "help": "Length in wall minutes."}),
-    "--batch-size": ("train", "batch_size", {"type": int, "help": "Images per step, over all processes."}),
+    "--batch-size": (
+        "train",
+        "batch_size",
+        {"type": int, "help": "Images per step, over all processes."},
+    ),
 }
 
 
 def common_options(*flags: str) -> Callable[[Command], Command]:
-    """Add the shared options and the named setting flags; the command gets all as one ``common: Common``."""
+    """Add the shared options and the named setting flags; the command gets all as ``common``."""
 
     def decorate(function: Command) -> Command:
         @functools.wraps(function)

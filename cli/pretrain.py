@@ -15,11 +15,18 @@ DEFAULT_RECIPE = "tiny/pretrain"
 @click.command("pretrain")
 @training_options
 @common_options(
-    "--backbone", "--data", "--split", "--on-bad-image", "--workers", "--steps", "--epochs", "--minutes",
+    "--backbone",
+    "--data",
+    "--split",
+    "--on-bad-image",
+    "--workers",
+    "--steps",
+    "--epochs",
+    "--minutes",
     "--batch-size",
-)  # fmt: skip
+)
 def command(common: Common, **options: Any) -> int:
-    """Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).
+    r"""Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Training progress: a live bar with ETA on a terminal; elsewhere the training log's own lines show it."""
+"""Training progress: a live bar with ETA on a terminal; elsewhere the log's lines show it."""
 
 from __future__ import annotations
 

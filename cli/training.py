@@ -1,4 +1,4 @@
-"""What `pretrain` and `finetune` share: options, resume, many processes, progress and the closing table."""
+"""What `pretrain` and `finetune` share: options, resume, many processes, progress, results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
     function = click.option(
         "--resume",
         metavar="auto|RUN",
-        help="Continue a run: `auto` takes --out, else the newest run with the same settings, else starts.",
+        help="Continue a run: `auto` takes --out, else the newest run with these settings, if any.",
     )(function)
-    return click.option("--gpus", type=click.IntRange(1), help="Processes to train on, one per GPU.")(function)
+    return click.option(
+        "--gpus", type=click.IntRange(1), help="Processes to train on, one per GPU."
+    )(function)
 
 
 def run_training(
@@ -44,7 +46,11 @@ def run_training(
     plain_start = not (chosen or common.flags.get("data"))
     if kind == "finetune" and plain_start:
         init_from = api.newest_checkpoint("pretrain", required=False)
-        note = f"starting from {init_from}" if init_from else "no pretrain run found: starting from scratch"
+        note = (
+            f"starting from {init_from}"
+            if init_from
+            else "no pretrain run found: starting from scratch"
+        )
         click.echo(note, err=True)
     config = api.with_length(api.resolve_config(common.layers(recipe), init_from=init_from))
     _check_data(config, common)

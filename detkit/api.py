@@ -74,7 +74,7 @@ def build(config: Config, categories: CategoryMap | int, kind: str = "detector")
 
 
 def load(path: str | Path, device: str = "cpu") -> Loaded:
-    """Rebuild the model of a checkpoint with its deployed weights (the EMA copy where there is one).
+    """Rebuild the model of a checkpoint with its deployed weights (EMA where there is one).
 
     Raises:
         CheckpointError: the file is no detkit checkpoint, or its weights do not fit its own config.
@@ -102,12 +102,12 @@ def pick_device(name: str = "auto") -> torch.device:
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index_text or 0) >= count:
         raise ConfigError(
-            f"--device: {name} must be a GPU torch can use, got {count} of them; see `detkit doctor`"
+            f"--device: {name} must be a GPU torch can use, got {count}; see `detkit doctor`"
         )
     return torch.device(name)
 
 
-# -------------------------------------------------------------------------------------------------- settings
+# -- settings
 
 
 def resolve_config(
@@ -122,7 +122,9 @@ def resolve_config(
     if init_from is None:
         return configs.resolve(layers)
     stored = checkpoints.load(init_from)
-    shape_tables = ("model",) if stored["kind"] == "backbone" else ("model", "anchors", "rpn", "box")
+    shape_tables = (
+        ("model",) if stored["kind"] == "backbone" else ("model", "anchors", "rpn", "box")
+    )
     base = {table: dict(stored["config"][table]) for table in shape_tables}
     if stored["kind"] == "backbone":
         base["model"] = {key: base["model"][key] for key in ("backbone", "norm")}
@@ -178,7 +180,7 @@ def with_length(config: Config) -> Config:
     return replace(config, train=replace(length, epochs=DEFAULT_EPOCHS))
 
 
-# -------------------------------------------------------------------------------------------------- training
+# -- training
 
 
 def launch_processes(count: int) -> int:
@@ -204,7 +206,8 @@ def train(
         config: the resolved settings.
         out: the run folder itself; by default a new one under ``runs/<command>``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
-        resume: ``auto`` (``out``, else the newest run with the same settings, else a new run) or a run folder.
+        resume: ``auto`` (``out``, else the newest run with the same settings, else a new run) or a
+            run folder.
         init_from: checkpoint to start from.
         allow_partial: accept missing and left-over weights of ``init_from``.
         on_step: called after each step on the first process.
@@ -213,7 +216,8 @@ def train(
         ``{"run": folder, "checkpoint": file, "metrics": {...}}``.
 
     Raises:
-        DetkitError: see :func:`detkit.engine.train.fit`, and for unusable settings, data or checkpoints.
+        DetkitError: see :func:`detkit.engine.train.fit`, and for unusable settings, data or
+            checkpoints.
     """
     config = with_length(config)
     with distributed.process_group(pick_device(device)) as place:
@@ -251,7 +255,8 @@ def _open(command: str, config: Config, split: str) -> Any:
 def _same_categories(ours: CategoryMap, theirs: CategoryMap) -> None:
     if ours.names != theirs.names:
         raise DataError(
-            f"data: both splits must have the same categories, got {list(ours.names)} and {list(theirs.names)}"
+            f"data: both splits must have the same categories, got {list(ours.names)} "
+            f"and {list(theirs.names)}"
         )
 
 
@@ -297,7 +302,9 @@ def _to_resume(
     if resume != "auto":
         run = RunFolder(Path(resume).parent if Path(resume).is_file() else resume)
         if not run.last.is_file():
-            raise CheckpointError(f"--resume {resume}: must be a run folder with last.pth, got none there")
+            raise CheckpointError(
+                f"--resume {resume}: must be a run folder with last.pth, got none there"
+            )
         return run
     if out is not None:
         run = RunFolder(out)
@@ -325,7 +332,7 @@ def _validate(
     return dict(score(dataset.truth(), results)["bbox"])
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
+# -- evaluation
 
 
 def evaluate(
@@ -413,7 +420,11 @@ def _detect(
         for k, name in enumerate(loaded.categories.names, 1)
         if name in theirs.names
     }
-    return [row | {"category_id": ids[row["category_id"]]} for row in results if row["category_id"] in ids]
+    return [
+        row | {"category_id": ids[row["category_id"]]}
+        for row in results
+        if row["category_id"] in ids
+    ]
 
 
 def _write_json(path: str | Path, value: Any) -> None:
@@ -423,7 +434,7 @@ def _write_json(path: str | Path, value: Any) -> None:
         raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
 
 
-# ------------------------------------------------------------------------------------------- models and demo
+# -- models and demo
 
 
 def model_table(
@@ -443,9 +454,7 @@ def model_table(
     detectors = _named("--detector", detector, DETECTORS)
     return {
         "backbones": [_backbone_row(name) for name in backbones],
-        "detectors": [
-            row for name in detectors for row in _detector_rows(name, backbones, size)
-        ],
+        "detectors": [row for name in detectors for row in _detector_rows(name, backbones, size)],
         "recipes": [
             {"name": name, "summary": _recipe_summary(path), "path": str(path)}
             for name, path in configs.recipes().items()
@@ -457,7 +466,9 @@ def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
     if name is None:
         return list(table)
     if name not in table:
-        raise ConfigError(f"{flag}: must be one of {', '.join(table)}, got {name!r}{configs.suggest(name, table)}")
+        raise ConfigError(
+            f"{flag}: must be one of {', '.join(table)}, got {name!r}{configs.suggest(name, table)}"
+        )
     return [name]
 
 
@@ -483,7 +494,13 @@ def _detector_rows(
         model = configs.ModelConfig(detector=name, backbone=backbone)
         cost = count_detector(Config(model=model), COCO_CLASSES, *size)["total"]
         rows.append(
-            {"name": name, "backbone": backbone, "size": list(size), "params": cost.params, "macs": cost.macs}
+            {
+                "name": name,
+                "backbone": backbone,
+                "size": list(size),
+                "params": cost.params,
+                "macs": cost.macs,
+            }
         )
     return rows
 
@@ -509,7 +526,8 @@ def demo(
         on_step: called after each training step.
 
     Returns:
-        ``{"pretrain", "finetune"}`` as :func:`train` gives them, ``"eval"`` as :func:`evaluate` does, ``"picture"`` and
+        ``{"pretrain", "finetune"}`` as :func:`train` gives them, ``"eval"`` as :func:`evaluate`
+        does, ``"picture"`` and
         ``"seconds"``.
     """
     begun = time.monotonic()
@@ -538,7 +556,9 @@ def _draw(checkpoint: str, detections: Path, target: Path, images: int = 4) -> P
     truth = dataset.truth()
     rows = json.loads(detections.read_text(encoding="utf-8"))
     names = {c["id"]: c["name"] for c in truth["categories"]}
-    objects = {i: [a for a in truth["annotations"] if a["image_id"] == i] for i in dataset.image_ids}
+    objects = {
+        i: [a for a in truth["annotations"] if a["image_id"] == i] for i in dataset.image_ids
+    }
     chosen = sorted(range(len(dataset)), key=lambda i: -len(objects[dataset.image_ids[i]]))[:images]
     pictures = []
     for index in chosen:

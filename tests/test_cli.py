@@ -1,4 +1,4 @@
-"""Each command as a user types it: on synthetic and real data, with wrong input, and as the README shows it."""
+"""Each command as a user types it: on synthetic and real data, wrong input, README lines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a backbone and a detector were trained for a few steps with the default commands."""
+    """A folder in which a backbone and a detector were trained for a few steps."""
     folder = tmp_path_factory.mktemp("road")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -1,6 +1,7 @@
-"""Starting weights from another checkpoint: a backbone's fill the backbone, a detector's all of the net.
+"""Starting weights from a checkpoint: a backbone's fill the backbone, a detector's all of the net.
 
-Layers shaped by the classes keep the rows of every category whose name both sides know; the other rows stay freshly
+Layers shaped by the classes keep the rows of every category whose name both sides know; the other
+rows stay freshly
 initialised. Any other missing or left-over weight is refused, never skipped in silence.
 """
 
@@ -67,7 +68,7 @@ def init_detector(
     ours: CategoryMap,
     allow_partial: bool = False,
 ) -> InitReport:
-    """Fill a whole detector from another detector's state dict, class-shaped layers by category name.
+    """Fill a detector from another one's state dict, class-shaped layers by category name.
 
     Args:
         model: the detector to fill.
@@ -132,13 +133,14 @@ def _copy(
     for key in wanted.keys() & given.keys():
         if wanted[key].shape != given[key].shape:
             raise CheckpointError(
-                f"{source}: {key} must have shape {tuple(wanted[key].shape)}, got {tuple(given[key].shape)}"
+                f"{source}: {key} must have shape {tuple(wanted[key].shape)}, "
+                f"got {tuple(given[key].shape)}"
             )
     missing = tuple(k for k in wanted if k not in given)
     unused = tuple(k for k in given if k not in wanted)
     if (missing or unused) and not allow_partial:
         raise CheckpointError(
-            f"{source}: must have every weight of the model and no other, got {len(missing)} missing"
+            f"{source}: must have just the weights of the model, got {len(missing)} missing"
             f" ({_few(missing)}) and {len(unused)} left over ({_few(unused)});"
             " --allow-partial loads the rest"
         )
