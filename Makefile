@@ -86,7 +86,7 @@ types: $(DEPS)
 check: lint types test kernels
 
 demo: build/.ext
-	$(RUN) -m detkit demo
+	$(RUN) -m detkit.cli demo
 
 clean:
 	rm -rf build dist detkit/_C*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
