@@ -205,6 +205,8 @@ def _header(image: Image.Image) -> Header:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these itself and gives the size as shown
+        return 1
     # Asked for the EXIF data of a PNG that has none in front, Pillow decodes it to look behind.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
         return 1
