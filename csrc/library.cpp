@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY(detkit, m) {
       "int pooled_width, int sampling_ratio, bool aligned) -> Tensor");
   m.def(
       "_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, int pooled_height, "
-      "int pooled_width, int batch, int channels, int height, int width, int sampling_ratio, "
-      "bool aligned) -> Tensor");
+      "int pooled_width, SymInt batch, SymInt channels, SymInt height, SymInt width, "
+      "int sampling_ratio, bool aligned) -> Tensor");
 
   // The second output is the index of the winning sample per output, empty for the mean.
   m.def(
@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(detkit, m) {
   m.def(
       "_ps_roi_align_backward(Tensor grad, Tensor rois, Tensor argmax, float spatial_scale, "
       "int pooled_height, int pooled_width, int sampling_ratio, bool reduce_max, float offset, "
-      "int batch, int channels, int height, int width) -> Tensor");
+      "SymInt batch, SymInt channels, SymInt height, SymInt width) -> Tensor");
 
   m.def(
       "dilated_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "

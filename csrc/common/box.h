@@ -5,25 +5,9 @@
 #include <limits>
 
 #include "common/macros.h"
+#include "common/rounded.h"
 
 namespace detkit {
-
-// On the device these never fuse into a multiply-add; on the host -ffp-contract=off says the same.
-#if defined(__CUDA_ARCH__)
-DETKIT_HD float rounded_mul(float a, float b) { return __fmul_rn(a, b); }
-DETKIT_HD double rounded_mul(double a, double b) { return __dmul_rn(a, b); }
-DETKIT_HD float rounded_add(float a, float b) { return __fadd_rn(a, b); }
-DETKIT_HD double rounded_add(double a, double b) { return __dadd_rn(a, b); }
-#else
-template <class T>
-DETKIT_HD T rounded_mul(T a, T b) {
-  return a * b;
-}
-template <class T>
-DETKIT_HD T rounded_add(T a, T b) {
-  return a + b;
-}
-#endif
 
 template <class T>
 struct Box {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +24,6 @@ from detkit.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    DetkitError,
     NonFiniteError,
     StorageError,
 )
@@ -191,16 +192,19 @@ def read(path: str | Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"checkpoint {path}: must be an existing file, got {_kind_of_path(path)}")
     try:
-        with path.open("rb") as file:
-            _check_sums(file)
-            return torch.load(file, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise StorageError(
             f"checkpoint {path}: must be readable, got {error.strerror or error}"
         ) from error
-    except DetkitError as error:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles, which are refused below
+            _check_sums(content)
+            return torch.load(content, map_location="cpu", weights_only=True)
+    except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
-    except Exception as error:  # damaged bytes surface as almost any type
+    except Exception as error:  # damaged bytes surface as almost any type, OSError too
         raise CheckpointError(f"checkpoint {path}: {_reason(error)}") from error
 
 
@@ -208,7 +212,7 @@ def _kind_of_path(path: Path) -> str:
     return "a folder" if path.is_dir() else "nothing there"
 
 
-def _check_sums(file: io.BufferedReader) -> None:
+def _check_sums(file: io.BytesIO) -> None:
     """Compare the archive's checksums, which torch's own reader skips."""
     if zipfile.is_zipfile(file):
         file.seek(0)
@@ -222,14 +226,13 @@ def _check_sums(file: io.BufferedReader) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error)
-    marker = "Unsupported global: GLOBAL "
-    if marker in text:
-        culprit = text.split(marker, 1)[1].split(maxsplit=1)[0]
-        return f"must hold tensors and plain types only, got a pickled {culprit} (not loaded)"
-    if "weights_only" in text or "Unsupported operand" in text or "Unsupported class" in text:
-        return "must hold tensors and plain types only, got other pickled content (not loaded)"
-    return "must be a complete .pth file, got a truncated, damaged or foreign one"
+    refused = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
+    if refused:
+        return f"must hold tensors and plain types only, got a pickled {refused[1]} (not loaded)"
+    return (
+        "must be a complete .pth file of tensors and plain types, "
+        "got a truncated, damaged or foreign one"
+    )
 
 
 def _describe(content: Any) -> str:
@@ -269,12 +272,17 @@ def deployed(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load ``state`` into ``model``, every key and shape exactly.
+    """Load ``state`` into ``model``; CheckpointError unless every key and shape fits."""
+    check_weights(model.state_dict(), state, what)
+    model.load_state_dict(dict(state))
+
+
+def check_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Compare ``state`` with a model's ``own`` state dict.
 
     Raises:
         CheckpointError: Keys are missing or left over, or shapes differ; names the first of each.
     """
-    own = model.state_dict()
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
     shapes = [
@@ -286,7 +294,6 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> No
     differences = [f"{len(names)} {how} (first: {names[0]})" for how, names in found if names]
     if differences:
         raise CheckpointError(f"{what}: weights must fit the model, got {', '.join(differences)}")
-    model.load_state_dict(dict(state))
 
 
 def config_of(checkpoint: Checkpoint) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -22,6 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _SHUTDOWN_SECONDS = "120"  # what a process gets to finish its step and save before it is killed
 _TIMEOUT = timedelta(hours=24)  # ranks wait for a long evaluation of rank 0; stalls have a watchdog
 
@@ -133,12 +135,16 @@ def launch(processes: int, command: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    handlers = {number: signal.getsignal(number) for number in _PASSED_ON}
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
         return _exit_code(error)
     except SignalException as error:  # this process was asked to stop and has passed it on
         return 128 + int(error.sigval)
+    finally:
+        for number, handler in handlers.items():  # the launcher leaves its own behind
+            signal.signal(number, handler or signal.SIG_DFL)
     return 0
 
 

@@ -39,7 +39,7 @@ class Ema:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the average from a checkpoint; raises KeyError where a name is missing."""
+        """Take the average from a checkpoint; names and shapes must be the same."""
         for name, tensor in self.state.items():
             tensor.copy_(state[name])
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from detkit.engine.step import StepResult
+
+
+class Report(NamedTuple):
+    """One process's account of a bad step; ``losses`` tells whether its own losses are at fault."""
+
+    step: int
+    text: str
+    losses: bool
+    files: list[str]
 
 
 @dataclass(frozen=True)
@@ -19,13 +29,13 @@ class Outcome:
     result: StepResult
     files: list[str]
 
-    def describe(self) -> tuple[int, str, list[str]]:
-        """Step, what is not finite, and the files."""
+    def report(self) -> Report:
+        """What is not finite; waits for the device."""
         losses = {name: float(loss) for name, loss in self.result.losses.items()}
         bad = [f"{name}={value}" for name, value in losses.items() if not math.isfinite(value)]
         norm = float(self.result.grad_norm)
-        found = ", ".join(bad) or f"a gradient norm of {norm} with finite losses"
-        return self.step, found, self.files
+        text = ", ".join(bad) or f"a gradient norm of {norm} with finite losses"
+        return Report(self.step, text, bool(bad), self.files)
 
 
 class FiniteFlags:

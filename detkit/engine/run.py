@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from detkit.config import Config, from_plain, read_toml, write_toml
-from detkit.errors import ConfigError, StorageError
+from detkit.errors import ConfigError, DataError, StorageError
 
 _TIME = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(\d{8}-\d{6})-.+")
-_FILES = {"config.toml", "metrics.jsonl", "last.pth", "best.pth", "log.txt"}
+_FILES = re.compile(r"config\.toml|metrics\.jsonl|log\.txt|\..+\.pth\.\d+\.tmp")
 
 
 class RunFolder:
@@ -67,7 +67,19 @@ class RunFolder:
         with _storage(self.metrics):
             text = self.metrics.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
-        return [json.loads(line) for line in complete.splitlines()]
+        return [self._parse(i, line) for i, line in enumerate(complete.splitlines(), 1)]
+
+    def _parse(self, number: int, text: str) -> dict[str, Any]:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
+            raise DataError(
+                f"{self.metrics}: line {number} must be a JSON object with kind and step, "
+                f"got {text[:40]!r}"
+            )
+        return line
 
     def trim_metrics(self, step: int, evaluated_step: int) -> None:
         """Forget the lines after a checkpoint training goes back to, lest steps count twice."""
@@ -99,6 +111,10 @@ class RunFolder:
         logger.addHandler(handler)
         try:
             yield
+        except BaseException as error:  # the file alone: whoever handles the error tells the user
+            message = f"{type(error).__name__}: {error}"
+            handler.handle(logger.makeRecord("detkit", logging.ERROR, "", 0, message, (), None))
+            raise
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
@@ -176,7 +192,7 @@ def _refuse_foreign(path: Path) -> None:
             f"--out {path}: must be a new folder, got one that holds a trained run; "
             "continue it with --resume auto or name another"
         )
-    if names and not (run.is_run and names <= _FILES):
+    if names and not (run.is_run and all(_FILES.fullmatch(name) for name in names)):
         raise ConfigError(
             f"--out {path}: must be new, empty or an unfinished run, got a folder with other files "
             f"({', '.join(sorted(names)[:3])}); name another"
@@ -209,6 +225,16 @@ def same_run(command: str, config: Config, *, root: str | Path = "runs") -> RunF
             if run.last.is_file() and run.config() == config:
                 return run
     return None
+
+
+def resumable_run(
+    command: str, config: Config, *, out: str | Path | None = None, root: str | Path = "runs"
+) -> RunFolder | None:
+    """The run ``--resume auto`` continues: ``out`` itself where given, else :func:`same_run`."""
+    if out is None:
+        return same_run(command, config, root=root)
+    run = RunFolder(out)
+    return run if run.is_run and run.last.is_file() else None
 
 
 @contextlib.contextmanager

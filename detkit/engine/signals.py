@@ -51,7 +51,7 @@ class StopSignals:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not installed from Python
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -88,7 +88,7 @@ class Watchdog:
         self._seconds = seconds
         self._grace = grace_seconds
         self._last = time.monotonic()
-        self._paused = False
+        self._pauses = 0
         self._expired = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="detkit-watchdog", daemon=True)
@@ -113,7 +113,7 @@ class Watchdog:
         self._done.set()
         self._thread.join()
         if self._target is not None:
-            signal.signal(signal.SIGALRM, self._previous)
+            signal.signal(signal.SIGALRM, self._previous or signal.SIG_DFL)
 
     def beat(self, step: int) -> None:
         """Note that ``step`` has finished."""
@@ -123,12 +123,12 @@ class Watchdog:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Do not count the body, which is no step (evaluation, saving)."""
-        self._paused = True
+        self._pauses += 1
         try:
             yield
         finally:
             self._last = time.monotonic()
-            self._paused = False
+            self._pauses -= 1
 
     def _message(self) -> str:
         return (
@@ -138,7 +138,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self._seconds / 4)):
-            if not self._paused and time.monotonic() - self._last > self._seconds:
+            if not self._pauses and time.monotonic() - self._last > self._seconds:
                 self._end()
                 return
 

@@ -9,6 +9,7 @@ the checkpoint alone (evaluations due, best metric, elapsed time).
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import signal
@@ -257,11 +258,11 @@ class _Fitting:
         bad = self.finite.note(outcome)
         elapsed = time.monotonic() - self.started
         answers = distributed.gather_numbers([bad is not None, self.signals.received or 0, elapsed])
-        spoilt, signal, self.progress.elapsed_seconds = answers.amax(0).tolist()
+        spoilt, stop, self.progress.elapsed_seconds = answers.amax(0).tolist()
         if spoilt:
             self._fail(bad)
-        if signal:
-            self._interrupt(int(signal))
+        if stop:
+            self._interrupt(int(stop))
 
     def _settle(self) -> None:
         """Wait for the device's answer on the last step, before anything is saved or shown."""
@@ -270,13 +271,14 @@ class _Fitting:
             self._fail(bad)
 
     def _fail(self, bad: Outcome | None) -> NoReturn:
-        found = distributed.gather(None if bad is None else bad.describe())
+        found = distributed.gather(None if bad is None else bad.report())
         reports = [report for report in found if report is not None]
-        step = min(step for step, _, _ in reports)
-        values = "; ".join(dict.fromkeys(value for _, value, _ in reports))
-        files = ", ".join(name for _, _, names in reports for name in names) or "unnamed"
+        # One process's bad loss spoils the gradients of all: blame its images, not theirs.
+        reports = [report for report in reports if report.losses] or reports
+        values = ", ".join(dict.fromkeys(report.text for report in reports))
+        files = ", ".join(name for report in reports for name in report.files) or "unnamed"
         raise NonFiniteError(
-            f"training step {step}: losses and gradients must be finite, got {values}; "
+            f"training step {reports[0].step}: losses and gradients must be finite, got {values}; "
             f"nothing of this step is saved, look at its images: {files}"
         )
 
@@ -315,13 +317,13 @@ class _Fitting:
         if better:
             state.best, state.best_step, state.best_metrics = value, state.step, metrics
             self._write(self.run.best, {})
-        self._save()
         if distributed.is_main():
             self.run.append_metrics(
                 {"kind": "eval", "step": state.step, "metrics": metrics, "best": better}
             )
             shown = "undefined" if value is None else f"{value:.4f}"
             _log.info("step %d: %s %s%s", state.step, name, shown, " (best)" if better else "")
+        self._save()
 
     def _measure(self, evaluate: Evaluate) -> dict[str, float | None]:
         """Metrics of the deployed weights; training's weights, mode and random state come back."""
@@ -342,7 +344,7 @@ class _Fitting:
         except InterruptedBySignalError:
             self._interrupt(self.signals.received or signal.SIGTERM)
         return {
-            name: None if value is None or math.isnan(value) else float(value)
+            name: float(value) if value is not None and math.isfinite(value) else None
             for name, value in metrics.items()
         }
 
@@ -439,10 +441,12 @@ class _Fitting:
                 f"resume: must be of kind {self.identity['kind']!r}, got {saved['kind']!r}"
             )
         checkpoint.load_weights(self.model, saved["model"], "resume")
+        if self.ema is not None:
+            checkpoint.check_weights(self.ema.state, saved["ema"], "resume")
+            self.ema.load(saved["ema"])
         try:
-            if self.ema is not None:
-                self.ema.load(saved["ema"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            # The optimiser keeps and changes what it loads; the caller's checkpoint stays as it is.
+            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(saved.get("scaler", {}))
             self.progress = Progress(**saved["progress"])

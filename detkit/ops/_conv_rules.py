@@ -54,20 +54,16 @@ def check_tensors(
         require(bias.shape == (outputs,), op, f"bias must be ({outputs},)", tuple(bias.shape))
 
 
-def check_groups(op: str, channels: int, weight: Tensor, groups: int) -> None:
-    """Check that ``channels`` inputs and the weight's outputs divide into ``groups``."""
+def check_groups(
+    op: str, channels: int, weight: Tensor, groups: int, *, whole: bool = True
+) -> None:
+    """Check that ``channels`` inputs, and with ``whole`` the outputs, divide into ``groups``."""
     require(groups >= 1, op, "groups must be at least 1", groups)
-    wanted = weight.shape[1] * groups
-    require(
-        channels == wanted,
-        op,
-        f"input channels must be groups * weight.shape[1] = {wanted}",
-        channels,
-    )
-    outputs = weight.shape[0]
-    require(
-        outputs % groups == 0, op, f"output channels must be a multiple of groups={groups}", outputs
-    )
+    wanted, outputs = weight.shape[1] * groups, weight.shape[0]
+    must = f"input channels must be groups * weight.shape[1] = {wanted}"
+    require(channels == wanted, op, must, channels)
+    divides = not whole or outputs % groups == 0
+    require(divides, op, f"output channels must be a multiple of groups={groups}", outputs)
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
@@ -85,11 +81,12 @@ def empty_output(input: Tensor, channels: int, size: Sequence[int | torch.SymInt
     )
 
 
-def empty_grad(tensor: Tensor, needed: bool, format: torch.memory_format) -> Tensor:
-    """What the backward kernels return for one tensor: its gradient, or an empty tensor."""
-    shape = tensor.shape if needed else (0,)
-    format = format if needed else torch.contiguous_format
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=format)
+def empty_grad(tensor: Tensor, needed: bool) -> Tensor:
+    """What the backward kernels return for one tensor: its gradient, alike, or an empty tensor."""
+    if not needed:
+        return tensor.new_empty(0)
+    format = memory_format(tensor) if tensor.dim() == 4 else torch.contiguous_format
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=format)
 
 
 def save_input(ctx: Any, input: Tensor, needed: bool, *others: Tensor) -> None:

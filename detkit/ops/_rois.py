@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MAX_SAMPLING_RATIO = 1024  # samples per bin and axis; more can only be a mistake
+
 
 def check_input(op: str, input: Tensor) -> None:
     """Raises ValueError unless ``input`` is a batch of float maps."""
@@ -15,6 +17,16 @@ def check_input(op: str, input: Tensor) -> None:
         raise ValueError(f"{op}: input must be (N, C, H, W), got shape {tuple(input.shape)}")
     if not input.is_floating_point():
         raise ValueError(f"{op}: input must be floating point, got {input.dtype}")
+
+
+def check_sampling(op: str, spatial_scale: float, sampling_ratio: int) -> None:
+    """Raises ValueError for a scale that is not positive, or a ratio above the limit."""
+    if not 0 < spatial_scale < float("inf"):
+        raise ValueError(f"{op}: spatial_scale must be positive and finite, got {spatial_scale}")
+    if sampling_ratio > MAX_SAMPLING_RATIO:
+        raise ValueError(
+            f"{op}: sampling_ratio must be at most {MAX_SAMPLING_RATIO}, got {sampling_ratio}"
+        )
 
 
 def output_pair(op: str, output_size: int | Sequence[int]) -> tuple[int, int]:

@@ -117,8 +117,8 @@ def _fake_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        rules.empty_grad(input, need_input, rules.memory_format(input)),
-        rules.empty_grad(weight, need_weight, torch.contiguous_format),
+        rules.empty_grad(input, need_input),
+        rules.empty_grad(weight, need_weight),
     )
 
 

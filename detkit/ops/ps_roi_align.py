@@ -16,6 +16,7 @@ from detkit.ops._rois import (
     as_rois,
     check_deterministic,
     check_input,
+    check_sampling,
     no_double_backward,
     output_pair,
 )
@@ -67,6 +68,7 @@ def ps_roi_align(
             outside the batch. On CUDA, where looking would wait for the device, such a RoI is NaN.
     """
     check_input("ps_roi_align", input)
+    check_sampling("ps_roi_align", spatial_scale, sampling_ratio)
     height, width = output_pair("ps_roi_align", output_size)
     if input.shape[1] % (height * width) != 0:
         raise ValueError(

@@ -16,6 +16,7 @@ from detkit.ops._rois import (
     as_rois,
     check_deterministic,
     check_input,
+    check_sampling,
     no_double_backward,
     output_pair,
 )
@@ -55,6 +56,7 @@ def roi_align(
             the batch. On CUDA, where looking would wait for the device, such a RoI is NaN.
     """
     check_input("roi_align", input)
+    check_sampling("roi_align", spatial_scale, sampling_ratio)
     height, width = output_pair("roi_align", output_size)
     rois = as_rois("roi_align", input, boxes)
     if use_native("roi_align", input, rois):

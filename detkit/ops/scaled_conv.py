@@ -123,9 +123,9 @@ def _fake_backward(
     need_scales: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        rules.empty_grad(input, need_input, rules.memory_format(input)),
-        rules.empty_grad(weight, need_weight, torch.contiguous_format),
-        rules.empty_grad(scales, need_scales, torch.contiguous_format),
+        rules.empty_grad(input, need_input),
+        rules.empty_grad(weight, need_weight),
+        rules.empty_grad(scales, need_scales),
     )
 
 

@@ -71,21 +71,15 @@ def _check_parts(input: Tensor, weights: Sequence[Tensor], outputs: int, groups:
         f"output channels must be a multiple of groups={groups}",
         outputs,
     )
-    per_group = outputs // groups
+    per_group, begin = outputs // groups, 0
     for part, weight in enumerate(weights):
-        name = f"{_OP}: part {part}"
-        wanted = weight.shape[1] * groups
-        channels = input.shape[1]
-        rules.require(
-            channels == wanted,
-            name,
-            f"input channels must be groups * weight.shape[1] = {wanted}",
-            channels,
-        )
-        whole = weight.shape[0] > 0 and weight.shape[0] % per_group == 0
-        rules.require(
-            whole, name, f"output channels must be whole groups of {per_group}", weight.shape[0]
-        )
+        name, size = f"{_OP}: part {part}", weight.shape[0]
+        rules.check_groups(name, input.shape[1], weight, groups, whole=False)
+        inside = begin % per_group + size <= per_group
+        whole = begin % per_group == 0 and size % per_group == 0
+        must = f"output channels must be whole groups of {per_group} or lie inside one"
+        rules.require(size > 0 and (inside or whole), name, must, f"{begin}..{begin + size}")
+        begin += size
 
 
 def _flat_dilations(weights: Sequence[Tensor], dilations: Sequence[tuple[int, int]]) -> list[int]:
@@ -133,14 +127,15 @@ def _fake_backward(
     need_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     return (
-        rules.empty_grad(input, need_input, rules.memory_format(input)),
-        [rules.empty_grad(w, need_weights, torch.contiguous_format) for w in weights],
+        rules.empty_grad(input, need_input),
+        [rules.empty_grad(w, need_weights) for w in weights],
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weights, _, *ctx.settings = inputs
-    rules.save_input(ctx, input, any(ctx.needs_input_grad[1]), *weights)
+    # Here the flags are still flat, one per tensor of the list; in backward they are nested.
+    rules.save_input(ctx, input, any(ctx.needs_input_grad[1 : 1 + len(weights)]), *weights)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

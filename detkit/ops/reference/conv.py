@@ -41,17 +41,16 @@ def split_conv2d(
 ) -> Tensor:
     """Convolutions of disjoint output channels, joined; ``dilations`` is flat, (h, w) per part."""
     per_group = sum(w.shape[0] for w in weights) // groups
-    parts, outputs, inputs = [], 0, 0
+    parts, begin = [], 0
     for part, weight in enumerate(weights):
+        size, channels = weight.shape[:2]
         dilation = [max(d, 1) for d in dilations[2 * part : 2 * part + 2]]
         padding = [d * (k // 2) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        part_groups = weight.shape[0] // per_group
-        used = input.narrow(1, inputs, part_groups * weight.shape[1])
-        part_bias = None if bias is None else bias.narrow(0, outputs, weight.shape[0])
-        parts.append(
-            F.conv2d(used, weight, part_bias, list(stride), padding, dilation, part_groups)
-        )
-        outputs, inputs = outputs + weight.shape[0], inputs + used.shape[1]
+        part_groups = max(size // per_group, 1)
+        used = input.narrow(1, begin // per_group * channels, part_groups * channels)
+        shift = None if bias is None else bias.narrow(0, begin, size)
+        parts.append(F.conv2d(used, weight, shift, list(stride), padding, dilation, part_groups))
+        begin += size
     return torch.cat(parts, 1)
 
 
@@ -70,12 +69,12 @@ def scaled_conv2d(
         x, w = input.to(dtype).to(compute), weight.to(dtype).to(compute)
         size = [(n + s - 1) // s for n, s in zip(x.shape[2:], stride, strict=True)]
         y = x.new_zeros(x.shape[0], w.shape[0], *size)
-        centre = w.shape[2] // 2
+        centre_h, centre_w = w.shape[2] // 2, w.shape[3] // 2
         for i in range(w.shape[2]):
-            rows = _sample(x, 2, i - centre, scales[:, 0], size[0], stride[0])  # (N, C, Ho, W)
+            rows = _sample(x, 2, i - centre_h, scales[:, 0], size[0], stride[0])  # (N, C, Ho, W)
             for j in range(w.shape[3]):
                 taps = _sample(
-                    rows, 3, j - centre, scales[:, 1], size[1], stride[1]
+                    rows, 3, j - centre_w, scales[:, 1], size[1], stride[1]
                 )  # (N, C, Ho, Wo)
                 y = y + F.conv2d(taps, w[:, :, i : i + 1, j : j + 1], groups=groups)
         if bias is not None:

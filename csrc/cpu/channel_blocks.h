@@ -1,0 +1,114 @@
+// A block of channels side by side, (H, W, lanes), in place of planes, (C, H, W): what a bin needs
+// of one pixel is then one short run of memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "common/macros.h"
+#include "common/simd.h"
+
+namespace detkit::cpu {
+
+// Elements from one image, channel, row, column to the next.
+struct MapStrides {
+  int64_t image, channel, row, column;
+};
+
+// Uninitialised memory, aligned for Vector.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : data_(static_cast<A*>(::operator new(sizeof(A) * std::max<int64_t>(size, 1), kAlign))) {}
+  A* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(A* data) const { ::operator delete(data, kAlign); }
+  };
+  std::unique_ptr<A, Free> data_;
+};
+
+// Vectors of 8 lanes, whatever A: the tile that transposes go by.
+template <class A>
+struct Octet {
+  typedef A type __attribute__((vector_size(8 * sizeof(A))));
+};
+
+// Transposes 8 x 8 in registers: three rounds of interleaving row i with row i + 4.
+template <class A>
+inline __attribute__((always_inline)) void transpose_octets(typename Octet<A>::type (&rows)[8]) {
+  typename Octet<A>::type next[8];
+  for (int round = 0; round < 3; ++round) {
+    for (int i = 0; i < 4; ++i) {
+      next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; ++i) rows[i] = next[i];
+  }
+}
+
+// target[j * target_stride + i] = source[i * source_stride + j] for i < count, j < length, by way
+// of A.
+template <class From, class To, class A>
+inline __attribute__((always_inline)) void transpose(const From* source, int64_t source_stride,
+                                                     int64_t count, int64_t length, To* target,
+                                                     int64_t target_stride) {
+  const int64_t even_count = count / 8 * 8, even_length = length / 8 * 8;
+  for (int64_t j = 0; j < even_length; j += 8) {
+    for (int64_t i = 0; i < even_count; i += 8) {
+      typename Octet<A>::type rows[8];
+      for (int r = 0; r < 8; ++r) {
+        const From* row = source + (i + r) * source_stride + j;
+        for (int k = 0; k < 8; ++k) rows[r][k] = static_cast<A>(row[k]);
+      }
+      transpose_octets<A>(rows);
+      for (int r = 0; r < 8; ++r) {
+        To* row = target + (j + r) * target_stride + i;
+        for (int k = 0; k < 8; ++k) row[k] = static_cast<To>(rows[r][k]);
+      }
+    }
+  }
+  for (int64_t j = 0; j < length; ++j) {
+    for (int64_t i = j < even_length ? even_count : 0; i < count; ++i) {
+      target[j * target_stride + i] =
+          static_cast<To>(static_cast<A>(source[i * source_stride + j]));
+    }
+  }
+}
+
+// From planes, (lanes, length), to lanes side by side, (length, B).
+template <class T, class A>
+DETKIT_CLONES void to_lanes(const T* source, int64_t stride, int64_t lanes, int64_t length,
+                            A* target, int64_t target_stride) {
+  transpose<T, A, A>(source, stride, lanes, length, target, target_stride);
+}
+
+// And back.
+template <class T, class A>
+DETKIT_CLONES void to_planes(const A* source, int64_t stride, int64_t lanes, int64_t length,
+                             T* target, int64_t target_stride) {
+  transpose<A, T, A>(source, stride, length, lanes, target, target_stride);
+}
+
+// One map row of a block of channels to (W, B); lanes not in use become 0.
+template <class T, class A, int B>
+void pack_row(const T* source, const MapStrides& strides, int64_t lanes, int64_t width, A* target) {
+  if (lanes < B) std::fill_n(target, width * B, A(0));
+  if (strides.column == 1) {
+    to_lanes<T, A>(source, strides.channel, lanes, width, target, B);
+    return;
+  }
+  for (int64_t x = 0; x < width; ++x) {
+    const T* pixel = source + x * strides.column;
+    for (int64_t c = 0; c < lanes; ++c) {
+      target[x * B + c] = static_cast<A>(pixel[c * strides.channel]);
+    }
+  }
+}
+
+}  // namespace detkit::cpu

@@ -1,0 +1,189 @@
+#include "cpu/roi_align_kernel.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+
+#include "common/macros.h"
+#include "common/simd.h"
+#include "cpu/channel_blocks.h"
+
+namespace detkit::cpu {
+namespace {
+
+// A block of channels of one image, and what the pooling of its boxes needs to find.
+struct Block {
+  int64_t image, channel, lanes;  // lanes in use; the last block may be narrow
+};
+
+template <class A>
+Block block_of(const RoiAlignPlan<A>& plan, int64_t item) {
+  const int64_t channel = item % plan.blocks() * plan.lanes;
+  return {item / plan.blocks(), channel, std::min(plan.lanes, plan.spec.channels - channel)};
+}
+
+// Map rows that some box of the image reads: the others need no copy.
+template <class A>
+std::vector<char> rows_in_use(const RoiAlignPlan<A>& plan, int64_t image) {
+  std::vector<char> used(plan.spec.height, 0);
+  for (int64_t i = plan.groups.begin[image]; i < plan.groups.begin[image + 1]; ++i) {
+    for (const auto& row : plan.weights[plan.groups.order[i]].rows.entries) used[row.index] = 1;
+  }
+  return used;
+}
+
+// All bins of one box from the block's map (H, W, B) to `pooled`, (P*Q, B).
+template <class A, int B>
+DETKIT_CLONES void pool_box(const A* map, int64_t width, const RoiWeights<A>& box, int64_t down,
+                            int64_t across, A* pooled) {
+  using V = typename Vector<A>::type;
+  constexpr int kVectors = B / Vector<A>::lanes;
+  for (int64_t i = 0; i < down; ++i) {
+    for (int64_t j = 0; j < across; ++j, pooled += B) {
+      V sum[kVectors] = {};
+      for (const auto* y = box.rows.first(i); y != box.rows.last(i); ++y) {
+        const A* row = map + y->index * width * B;
+        for (const auto* x = box.columns.first(j); x != box.columns.last(j); ++x) {
+          const auto* pixel = reinterpret_cast<const V*>(row + x->index * B);
+          const A weight = y->weight * x->weight;
+          for (int v = 0; v < kVectors; ++v) sum[v] += weight * pixel[v];
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) reinterpret_cast<V*>(pooled)[v] = sum[v] / box.count;
+    }
+  }
+}
+
+// The adjoint of pool_box: adds `grad`, (P*Q, B), to the block's map.
+template <class A, int B>
+DETKIT_CLONES void spread_box(const A* grad, int64_t width, const RoiWeights<A>& box, int64_t down,
+                              int64_t across, A* map) {
+  using V = typename Vector<A>::type;
+  constexpr int kVectors = B / Vector<A>::lanes;
+  for (int64_t i = 0; i < down; ++i) {
+    for (int64_t j = 0; j < across; ++j, grad += B) {
+      V share[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        share[v] = reinterpret_cast<const V*>(grad)[v] / box.count;
+      }
+      for (const auto* y = box.rows.first(i); y != box.rows.last(i); ++y) {
+        A* row = map + y->index * width * B;
+        for (const auto* x = box.columns.first(j); x != box.columns.last(j); ++x) {
+          auto* pixel = reinterpret_cast<V*>(row + x->index * B);
+          const A weight = y->weight * x->weight;
+          for (int v = 0; v < kVectors; ++v) pixel[v] += weight * share[v];
+        }
+      }
+    }
+  }
+}
+
+template <class T, class A, int B>
+void forward_blocks(const RoiAlignPlan<A>& plan, const T* input, const MapStrides& strides,
+                    T* output, int64_t begin, int64_t end) {
+  const RoiSpec& spec = plan.spec;
+  const int64_t bins = spec.bins_down * spec.bins_across;
+  const Scratch<A> map(spec.height * spec.width * B), pooled(bins * B);
+  for (int64_t item = begin; item < end; ++item) {
+    const Block block = block_of(plan, item);
+    const T* source = input + block.image * strides.image + block.channel * strides.channel;
+    const std::vector<char> used = rows_in_use(plan, block.image);
+    for (int64_t y = 0; y < spec.height; ++y) {
+      if (!used[y]) continue;
+      pack_row<T, A, B>(source + y * strides.row, strides, block.lanes, spec.width,
+                        map.get() + y * spec.width * B);
+    }
+    for (int64_t i = plan.groups.begin[block.image]; i < plan.groups.begin[block.image + 1]; ++i) {
+      const int64_t r = plan.groups.order[i];
+      pool_box<A, B>(map.get(), spec.width, plan.weights[r], spec.bins_down, spec.bins_across,
+                     pooled.get());
+      to_planes<T, A>(pooled.get(), B, block.lanes, bins,
+                      output + (r * spec.channels + block.channel) * bins, bins);
+    }
+  }
+}
+
+template <class T, class A, int B>
+void backward_blocks(const RoiAlignPlan<A>& plan, const T* grad, T* grad_input, int64_t begin,
+                     int64_t end) {
+  const RoiSpec& spec = plan.spec;
+  const int64_t bins = spec.bins_down * spec.bins_across, row_size = spec.width * B;
+  const int64_t plane = spec.height * spec.width;
+  const Scratch<A> map(spec.height * row_size), shares(bins * B);
+  std::fill_n(shares.get(), bins * B, A(0));  // lanes not in use must be finite
+  for (int64_t item = begin; item < end; ++item) {
+    const Block block = block_of(plan, item);
+    const std::vector<char> used = rows_in_use(plan, block.image);
+    for (int64_t y = 0; y < spec.height; ++y) {
+      if (used[y]) std::fill_n(map.get() + y * row_size, row_size, A(0));
+    }
+    for (int64_t i = plan.groups.begin[block.image]; i < plan.groups.begin[block.image + 1]; ++i) {
+      const int64_t r = plan.groups.order[i];
+      to_lanes<T, A>(grad + (r * spec.channels + block.channel) * bins, bins, block.lanes, bins,
+                     shares.get(), B);
+      spread_box<A, B>(shares.get(), spec.width, plan.weights[r], spec.bins_down, spec.bins_across,
+                       map.get());
+    }
+    T* target = grad_input + (block.image * spec.channels + block.channel) * plane;
+    for (int64_t y = 0; y < spec.height; ++y) {
+      T* row = target + y * spec.width;
+      if (used[y]) {
+        to_planes<T, A>(map.get() + y * row_size, B, block.lanes, spec.width, row, plane);
+      } else {
+        for (int64_t c = 0; c < block.lanes; ++c) std::fill_n(row + c * plane, spec.width, T(0));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t roi_align_lanes(const RoiSpec& spec, int64_t threads) {
+  for (int64_t lanes = 64; lanes > 16; lanes /= 2) {
+    const int64_t blocks = (spec.channels + lanes - 1) / lanes;
+    if (2 * spec.channels > lanes && spec.batch * blocks >= threads) return lanes;
+  }
+  return 16;
+}
+
+template <class A>
+void roi_align_prepare(RoiAlignPlan<A>& plan, const A* rois, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    if (roi_is_usable(rois + r * 5, plan.spec)) {
+      plan.weights[r] = roi_weights(rois + r * 5, plan.spec);
+    }
+  }
+}
+
+template <class T, class A>
+void roi_align_forward(const RoiAlignPlan<A>& plan, const T* input, const MapStrides& strides,
+                       T* output, int64_t begin, int64_t end) {
+  const auto run = plan.lanes == 64   ? forward_blocks<T, A, 64>
+                   : plan.lanes == 32 ? forward_blocks<T, A, 32>
+                                      : forward_blocks<T, A, 16>;
+  run(plan, input, strides, output, begin, end);
+}
+
+template <class T, class A>
+void roi_align_backward(const RoiAlignPlan<A>& plan, const T* grad, T* grad_input, int64_t begin,
+                        int64_t end) {
+  const auto run = plan.lanes == 64   ? backward_blocks<T, A, 64>
+                   : plan.lanes == 32 ? backward_blocks<T, A, 32>
+                                      : backward_blocks<T, A, 16>;
+  run(plan, grad, grad_input, begin, end);
+}
+
+#define DETKIT_INSTANTIATE(T, A)                                                           \
+  template void roi_align_forward(const RoiAlignPlan<A>&, const T*, const MapStrides&, T*, \
+                                  int64_t, int64_t);                                       \
+  template void roi_align_backward(const RoiAlignPlan<A>&, const T*, T*, int64_t, int64_t);
+template void roi_align_prepare(RoiAlignPlan<float>&, const float*, int64_t, int64_t);
+template void roi_align_prepare(RoiAlignPlan<double>&, const double*, int64_t, int64_t);
+DETKIT_INSTANTIATE(float, float)
+DETKIT_INSTANTIATE(double, double)
+DETKIT_INSTANTIATE(torch::headeronly::Half, float)
+DETKIT_INSTANTIATE(torch::headeronly::BFloat16, float)
+#undef DETKIT_INSTANTIATE
+
+}  // namespace detkit::cpu

@@ -1,0 +1,529 @@
+#include "cpu/tap_conv.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "cpu/tap_conv_kernel.h"
+
+namespace detkit::cpu {
+namespace {
+
+constexpr int64_t kColumnBytes = int64_t(4) << 20;  // of a task: columns stay in the outer cache
+constexpr int64_t kFewPixels = 256;    // a sample with fewer shares its products with others
+constexpr int64_t kChannelBlock = 16;  // input channels of a backward task
+constexpr int64_t kSmallProduct =
+    512;  // weights below which a library call costs more than it saves
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Uninitialised, cache-line aligned memory of one thread.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(::operator new(
+            sizeof(T) * static_cast<size_t>(std::max<int64_t>(size, 1)), std::align_val_t(64)))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+template <typename T>
+constexpr ScalarType scalar_type_of() {
+  if (std::is_same_v<T, double>) return ScalarType::Double;
+  return std::is_same_v<T, float> ? ScalarType::Float : ScalarType::BFloat16;
+}
+
+// A matrix in memory that is not ours.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t rows, cols, row_stride, col_stride;
+
+  Tensor tensor() const {
+    return torch::stable::from_blob(const_cast<T*>(data), {rows, cols}, {row_stride, col_stride},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    scalar_type_of<T>());
+  }
+};
+
+// out = a b by torch's GEMM. Every task is inside a parallel region, where it runs on one thread.
+template <typename T>
+void gemm(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out) {
+  call1("aten::mm", "out", a.tensor(), b.tensor(), out.tensor());
+}
+
+// Runs body(begin, end) over tasks. At least two of them, the second perhaps empty: with one, torch
+// would not enter a parallel region, and the GEMM inside would split itself over the threads.
+template <typename F>
+void for_tasks(int64_t count, const F& body) {
+  torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+    end = std::min(end, count);
+    if (begin < end) body(begin, end);
+  });
+}
+
+// Outputs cut into tiles: per sample, or over the whole batch where samples lie behind each other.
+struct Tiling {
+  int64_t spaces, space_pixels;  // batch x pixels of a sample, or 1 x all pixels
+  int64_t tiles, tile_pixels;
+
+  Tiling(const ConvShape& shape, bool joined, int64_t bytes_per_pixel) {
+    spaces = joined ? 1 : shape.batch;
+    space_pixels = joined ? shape.batch * shape.pixels() : shape.pixels();
+    const int64_t fitting = std::max<int64_t>(kColumnBytes / bytes_per_pixel, 16);
+    tiles = ceil_div(space_pixels, fitting);
+    tiles += tiles > 1 && tiles % 2 != 0;  // an even number divides over two threads
+    tile_pixels = ceil_div(ceil_div(space_pixels, tiles), 16) * 16;
+    tiles = ceil_div(space_pixels, tile_pixels);
+  }
+  int64_t begin(int64_t tile) const { return tile * tile_pixels; }
+  int64_t end(int64_t tile) const { return std::min(begin(tile) + tile_pixels, space_pixels); }
+};
+
+template <typename A>
+std::vector<Tap<A>> narrowed(const std::vector<Tap<double>>& taps) {
+  std::vector<Tap<A>> result;
+  result.reserve(taps.size());
+  for (const Tap<double>& tap : taps) {
+    result.push_back({tap.near, tap.far, static_cast<A>(tap.near_weight),
+                      static_cast<A>(tap.far_weight), static_cast<A>(tap.slope)});
+  }
+  return result;
+}
+
+// One convolution of working dtype T, ready to run.
+template <typename T>
+struct Road {
+  using A = compute_t<T>;
+  const ConvShape& shape;
+  const SampleTaps& taps;
+  std::vector<Tap<A>> rows, cols;
+  int64_t kernel, in_pixels, pixels, line_size = 0;
+
+  Road(const ConvShape& shape, const SampleTaps& taps)
+      : shape(shape),
+        taps(taps),
+        rows(narrowed<A>(taps.rows)),
+        cols(narrowed<A>(taps.cols)),
+        kernel(shape.kernel()),
+        in_pixels(shape.height * shape.width),
+        pixels(shape.pixels()) {
+    for (int64_t n = 0; n < (taps.shared ? 1 : shape.batch); ++n) {
+      line_size = std::max(line_size, border(grid(n)).width(shape.width));
+    }
+  }
+
+  TapGrid<A> grid(int64_t sample) const {
+    const int64_t set = taps.shared ? 0 : sample;
+    return {shape.height,
+            shape.width,
+            shape.out_height,
+            shape.out_width,
+            shape.stride_h,
+            shape.stride_w,
+            shape.kernel_h,
+            shape.kernel_w,
+            rows.data() + set * shape.kernel_h,
+            cols.data() + set * shape.kernel_w};
+  }
+
+  int64_t plane(int64_t sample, int64_t group, int64_t channel) const {
+    return (sample * shape.channels + shape.in_begin + group * shape.group_in + channel) *
+           in_pixels;
+  }
+
+  // Calls part(sample, first, last, at) for the samples that pixels [begin, end) of a space lie in.
+  template <typename F>
+  void for_samples(int64_t space, int64_t begin, int64_t end, bool joined, const F& part) const {
+    if (!joined) return part(space, begin, end, 0);
+    for (int64_t at = begin; at < end;) {
+      const int64_t sample = at / pixels, first = at % pixels;
+      const int64_t last = std::min(pixels, first + end - at);
+      part(sample, first, last, at - begin);
+      at += last - first;
+    }
+  }
+
+  // Columns (channels * kernel, end - begin) of input channels [c0, c1) of a group.
+  void sample(const T* input, int64_t group, int64_t c0, int64_t c1, int64_t space, int64_t begin,
+              int64_t end, bool joined, T* columns, A* line) const {
+    const int64_t size = end - begin;
+    for_samples(space, begin, end, joined, [&](int64_t n, int64_t first, int64_t last, int64_t at) {
+      const TapGrid<A> where = grid(n);
+      for (int64_t c = c0; c < c1; ++c) {
+        sample_plane<T>(where, input + plane(n, group, c), first, last,
+                        columns + (c - c0) * kernel * size + at, size, line);
+      }
+    });
+  }
+
+  // The (group_out, end - begin) part of an output-shaped map.
+  Matrix<T> outputs(const T* map, bool joined, int64_t group, int64_t space, int64_t begin,
+                    int64_t end) const {
+    const int64_t channel = shape.out_begin + group * shape.group_out;
+    if (joined) {
+      return {map + begin * shape.outputs + channel, shape.group_out, end - begin, 1,
+              shape.outputs};
+    }
+    return {map + (space * shape.outputs + channel) * pixels + begin, shape.group_out, end - begin,
+            pixels, 1};
+  }
+
+  bool small() const { return shape.group_out * shape.group_in * kernel <= kSmallProduct; }
+
+  // Whether columns would only copy the input: a 1x1 kernel at every pixel.
+  bool columns_are_input() const {
+    return kernel == 1 && taps.shared && shape.stride_h == 1 && shape.stride_w == 1 &&
+           rows[0].near == 0 && cols[0].near == 0 && shape.height == shape.out_height &&
+           shape.width == shape.out_width;
+  }
+
+  void forward(const T* input, const T* weight, const T* bias, T* output, bool joined) const {
+    const int64_t depth = shape.group_in * kernel;
+    const Tiling tiling(shape, joined, depth * static_cast<int64_t>(sizeof(T)));
+    const bool direct = columns_are_input() && !joined;
+    for_tasks(tiling.spaces * shape.groups * tiling.tiles, [&](int64_t begin, int64_t end) {
+      const Scratch<T> columns(direct ? 0 : depth * tiling.tile_pixels);
+      const Scratch<A> line(std::max(line_size, tiling.tile_pixels));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t tile = task % tiling.tiles, group = task / tiling.tiles % shape.groups;
+        const int64_t space = task / tiling.tiles / shape.groups;
+        const int64_t first = tiling.begin(tile), last = tiling.end(tile), size = last - first;
+        Matrix<T> b{columns.get(), depth, size, size, 1};
+        if (direct) {
+          b = {input + plane(space, group, 0) + first, depth, size, in_pixels, 1};
+        } else {
+          sample(input, group, 0, shape.group_in, space, first, last, joined, columns.get(),
+                 line.get());
+        }
+        const Matrix<T> a{weight + group * shape.group_out * depth, shape.group_out, depth, depth,
+                          1};
+        const Matrix<T> out = outputs(output, joined, group, space, first, last);
+        const T* shift = bias == nullptr ? nullptr : bias + group * shape.group_out;
+        T* to = const_cast<T*>(out.data);
+        if (small()) {
+          small_gemm<T>(a.rows, size, depth, a.data, b.data, b.row_stride, shift, to,
+                        out.row_stride, out.col_stride, line.get());
+        } else {
+          gemm(a, b, out);
+          if (shift != nullptr) {
+            add_bias<T>(shift, to, a.rows, size, out.row_stride, out.col_stride);
+          }
+        }
+      }
+    });
+  }
+};
+
+// Input channels of a group that one backward task owns, with their part of every gradient.
+struct ChannelBlocks {
+  int64_t size, per_group;
+
+  explicit ChannelBlocks(const ConvShape& shape) {
+    size = std::min(shape.group_in, kChannelBlock);
+    per_group = ceil_div(shape.group_in, size);
+  }
+};
+
+// The memory of one thread of the backward road.
+template <typename T>
+struct BackwardScratch {
+  Scratch<T> columns, product, grad, weight;
+  Scratch<compute_t<T>> lines, sums;
+
+  BackwardScratch(const Road<T>& road, const Tiling& tiling, int64_t taps)
+      : columns(taps * tiling.tile_pixels),
+        product(road.shape.group_out * taps),
+        grad(road.small() ? road.shape.group_out * tiling.tile_pixels : 0),
+        weight(road.small() ? road.shape.group_out * taps : 0),
+        lines(std::max(2 * road.line_size, tiling.tile_pixels)),
+        sums(road.shape.group_out * taps) {}
+};
+
+template <typename T>
+struct BackwardRoad : Road<T> {
+  using A = compute_t<T>;
+  using Road<T>::shape, Road<T>::kernel;
+  const T *grad, *input, *weight;
+  bool joined;
+  A *grad_input, *grad_weight;       // null where not wanted
+  std::vector<double>* grad_scales;  // alike
+
+  // One task: all pixels of all samples, for input channels [c0, c1) of a group.
+  void run(int64_t group, int64_t c0, int64_t c1, const Tiling& tiling,
+           const BackwardScratch<T>& scratch, double* scales) const {
+    for (int64_t space = 0; space < tiling.spaces; ++space) {
+      for (int64_t tile = 0; tile < tiling.tiles; ++tile) {
+        const int64_t begin = tiling.begin(tile), end = tiling.end(tile);
+        const Matrix<T> g = packed(this->outputs(grad, joined, group, space, begin, end), scratch);
+        if (grad_input != nullptr || scales != nullptr) {
+          multiply_weight(g, group, c0, c1, scratch);
+          gather(group, c0, c1, space, begin, end, scratch, scales);
+        }
+        if (grad_weight != nullptr) {
+          this->sample(input, group, c0, c1, space, begin, end, joined, scratch.columns.get(),
+                       scratch.lines.get());
+          add_weight_grad(g, group, c0, c1, scratch);
+        }
+      }
+    }
+  }
+
+  // The matrix itself, or a contiguous copy for the small products.
+  Matrix<T> packed(const Matrix<T>& g, const BackwardScratch<T>& scratch) const {
+    if (!this->small()) return g;
+    T* copy = scratch.grad.get();
+    for (int64_t r = 0; r < g.rows; ++r) {
+      for (int64_t c = 0; c < g.cols; ++c) {
+        copy[r * g.cols + c] = g.data[r * g.row_stride + c * g.col_stride];
+      }
+    }
+    return {copy, g.rows, g.cols, g.cols, 1};
+  }
+
+  // columns = W^T g
+  void multiply_weight(const Matrix<T>& g, int64_t group, int64_t c0, int64_t c1,
+                       const BackwardScratch<T>& scratch) const {
+    const int64_t depth = shape.group_in * kernel, taps = (c1 - c0) * kernel;
+    const T* w = weight + group * shape.group_out * depth + c0 * kernel;
+    T* columns = scratch.columns.get();
+    if (!this->small()) {
+      gemm<T>({w, taps, g.rows, 1, depth}, g, {columns, taps, g.cols, g.cols, 1});
+      return;
+    }
+    T* transposed = scratch.weight.get();
+    for (int64_t t = 0; t < taps; ++t) {
+      for (int64_t o = 0; o < g.rows; ++o) transposed[t * g.rows + o] = w[o * depth + t];
+    }
+    small_gemm<T>(taps, g.cols, g.rows, transposed, g.data, g.cols, nullptr, columns, g.cols, 1,
+                  scratch.lines.get());
+  }
+
+  // Gradients of input and scales from those of the columns.
+  void gather(int64_t group, int64_t c0, int64_t c1, int64_t space, int64_t begin, int64_t end,
+              const BackwardScratch<T>& scratch, double* scales) const {
+    const int64_t size = end - begin;
+    this->for_samples(
+        space, begin, end, joined, [&](int64_t n, int64_t first, int64_t last, int64_t at) {
+          const TapGrid<A> where = this->grid(n);
+          for (int64_t c = c0; c < c1; ++c) {
+            const int64_t plane = this->plane(n, group, c);
+            const ScaleGrad sum = gather_plane<T>(
+                where, scratch.columns.get() + (c - c0) * kernel * size + at, size, first, last,
+                scales == nullptr ? nullptr : input + plane,
+                grad_input == nullptr ? nullptr : grad_input + plane, scratch.lines.get());
+            if (scales != nullptr) {
+              scales[2 * n] += sum.h;
+              scales[2 * n + 1] += sum.w;
+            }
+          }
+        });
+  }
+
+  // grad_weight += g columns^T
+  void add_weight_grad(const Matrix<T>& g, int64_t group, int64_t c0, int64_t c1,
+                       const BackwardScratch<T>& scratch) const {
+    const int64_t depth = shape.group_in * kernel, taps = (c1 - c0) * kernel;
+    A* sums = scratch.sums.get();
+    std::fill(sums, sums + g.rows * taps, A(0));
+    if (this->small()) {
+      small_gemm_transposed<T>(g.rows, taps, g.cols, g.data, scratch.columns.get(), g.cols, sums);
+    } else {
+      T* product = scratch.product.get();
+      gemm<T>(g, {scratch.columns.get(), g.cols, taps, 1, g.cols},
+              {product, g.rows, taps, taps, 1});
+      accumulate<T>(product, sums, g.rows * taps);
+    }
+    A* to = grad_weight + group * shape.group_out * depth + c0 * kernel;
+    for (int64_t o = 0; o < g.rows; ++o) {
+      for (int64_t t = 0; t < taps; ++t) to[o * depth + t] += sums[o * taps + t];
+    }
+  }
+
+  void run_all() const {
+    const ChannelBlocks blocks(shape);
+    const int64_t taps = blocks.size * kernel, tasks = shape.groups * blocks.per_group;
+    const Tiling tiling(shape, joined, taps * static_cast<int64_t>(sizeof(T)));
+    std::vector<double> partials(grad_scales == nullptr ? 0 : tasks * shape.batch * 2, 0.0);
+    for_tasks(tasks, [&](int64_t begin, int64_t end) {
+      const BackwardScratch<T> scratch(*this, tiling, taps);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t c0 = task % blocks.per_group * blocks.size;
+        double* scales = grad_scales == nullptr ? nullptr : &partials[task * shape.batch * 2];
+        run(task / blocks.per_group, c0, std::min(c0 + blocks.size, shape.group_in), tiling,
+            scratch, scales);
+      }
+    });
+    for (size_t i = 0; i < partials.size(); ++i) {
+      (*grad_scales)[i % (shape.batch * 2)] += partials[i];
+    }
+  }
+};
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+template <typename T>
+void forward_in(const ConvShape& shape, const SampleTaps& taps, const Tensor& input,
+                const Tensor& weight, const std::optional<Tensor>& bias, const RoadMap& output) {
+  T* to = static_cast<T*>(output.work.data_ptr());
+  Road<T>(shape, taps)
+      .forward(data<T>(input), data<T>(weight), bias ? data<T>(*bias) : nullptr, to,
+               output.channels_last);
+}
+
+template <typename T>
+void backward_in(const ConvShape& shape, const SampleTaps& taps, const RoadMap& grad,
+                 const Tensor& input, const Tensor& weight, const std::optional<Tensor>& grad_input,
+                 const std::optional<Tensor>& grad_weight, std::vector<double>* grad_scales) {
+  using A = compute_t<T>;
+  BackwardRoad<T> road{Road<T>(shape, taps),
+                       data<T>(grad.work),
+                       data<T>(input),
+                       data<T>(weight),
+                       grad.channels_last,
+                       grad_input ? static_cast<A*>(grad_input->data_ptr()) : nullptr,
+                       grad_weight ? static_cast<A*>(grad_weight->data_ptr()) : nullptr,
+                       grad_scales};
+  road.run_all();
+}
+
+ScalarType working_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Half ? ScalarType::Float : dtype;
+}
+
+ScalarType sum_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+bool is_channels_last(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) == 1) continue;
+    if (tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+bool joins_samples(const Tensor& map) {
+  return is_channels_last(map) || (map.size(0) > 1 && map.size(2) * map.size(3) < kFewPixels);
+}
+
+torch::headeronly::MemoryFormat layout(bool channels_last) {
+  return channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                       : torch::headeronly::MemoryFormat::Contiguous;
+}
+
+Tensor empty_map(const Tensor& shape_of, int64_t channels, int64_t height, int64_t width,
+                 ScalarType dtype, bool channels_last) {
+  return torch::stable::empty({shape_of.size(0), channels, height, width}, dtype, std::nullopt,
+                              shape_of.device(), std::nullopt, layout(channels_last));
+}
+
+}  // namespace
+
+SampleTaps whole_taps(const ConvShape& shape, const WholeTaps& taps) {
+  SampleTaps result{true, {}, {}};
+  for (int64_t i = 0; i < shape.kernel_h; ++i) {
+    result.rows.push_back(whole_tap<double>(i * taps.dilation_h - taps.padding_h));
+  }
+  for (int64_t j = 0; j < shape.kernel_w; ++j) {
+    result.cols.push_back(whole_tap<double>(j * taps.dilation_w - taps.padding_w));
+  }
+  return result;
+}
+
+RoadMap make_output(const Tensor& input, const ConvShape& shape) {
+  const int64_t channels = shape.outputs, height = shape.out_height, width = shape.out_width;
+  const bool last = is_channels_last(input);
+  const ScalarType dtype = input.scalar_type(), working = working_dtype(dtype);
+  RoadMap output{empty_map(input, channels, height, width, dtype, last), Tensor(), last};
+  output.channels_last = last || (input.size(0) > 1 && height * width < kFewPixels);
+  const bool same = output.channels_last == last && dtype == working;
+  output.work = same ? output.result
+                     : empty_map(input, channels, height, width, working, output.channels_last);
+  return output;
+}
+
+Tensor finish(const RoadMap& output) {
+  if (output.work.data_ptr() != output.result.data_ptr()) {
+    Tensor result = output.result;
+    torch::stable::copy_(result, output.work);
+  }
+  return output.result;
+}
+
+RoadMap read_grad(const Tensor& grad) {
+  const bool last = joins_samples(grad);
+  const Tensor typed = torch::stable::to(grad, working_dtype(grad.scalar_type()));
+  return {grad, torch::stable::contiguous(typed, layout(last)), last};
+}
+
+Tensor prepared(const Tensor& tensor) {
+  return torch::stable::contiguous(torch::stable::to(tensor, working_dtype(tensor.scalar_type())));
+}
+
+std::optional<Tensor> prepared(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(prepared(*tensor)) : std::nullopt;
+}
+
+Tensor read_input(const Tensor& input, bool needed) {
+  return needed ? prepared(input) : torch::stable::new_empty(input, {0});
+}
+
+Sum::Sum(const Tensor& like, bool needed) : like_(like) {
+  if (needed) sum = torch::stable::new_zeros(like, like.sizes(), sum_dtype(like.scalar_type()));
+}
+
+Tensor Sum::result() const {
+  if (!sum) return torch::stable::new_empty(like_, {0});
+  return torch::stable::contiguous(torch::stable::to(*sum, like_.scalar_type()),
+                                   layout(like_.dim() == 4 && is_channels_last(like_)));
+}
+
+void tap_forward(const ConvShape& shape, const SampleTaps& taps, const Tensor& input,
+                 const Tensor& weight, const std::optional<Tensor>& bias, const RoadMap& output) {
+  if (shape.batch * shape.pixels() * shape.groups * shape.group_out == 0) return;
+  switch (input.scalar_type()) {
+    case ScalarType::Double:
+      return forward_in<double>(shape, taps, input, weight, bias, output);
+    case ScalarType::Float:
+      return forward_in<float>(shape, taps, input, weight, bias, output);
+    case ScalarType::BFloat16:
+      return forward_in<BFloat16>(shape, taps, input, weight, bias, output);
+    default:
+      STD_TORCH_CHECK(false, "detkit convolutions: input must be a floating dtype");
+  }
+}
+
+void tap_backward(const ConvShape& shape, const SampleTaps& taps, const RoadMap& grad,
+                  const Tensor& input, const Tensor& weight,
+                  const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
+                  std::vector<double>* grad_scales) {
+  if (shape.empty()) return;
+  switch (weight.scalar_type()) {
+    case ScalarType::Double:
+      return backward_in<double>(shape, taps, grad, input, weight, grad_input, grad_weight,
+                                 grad_scales);
+    case ScalarType::Float:
+      return backward_in<float>(shape, taps, grad, input, weight, grad_input, grad_weight,
+                                grad_scales);
+    case ScalarType::BFloat16:
+      return backward_in<BFloat16>(shape, taps, grad, input, weight, grad_input, grad_weight,
+                                   grad_scales);
+    default:
+      STD_TORCH_CHECK(false, "detkit convolutions: weight must be a floating dtype");
+  }
+}
+
+}  // namespace detkit::cpu
