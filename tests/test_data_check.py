@@ -6,15 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from data_sets import box, image, save, write_coco
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from detkit.config import DataConfig
 from detkit.data import open_classification, open_detection
 from detkit.data.check import check
+from detkit.data.clean import clean
+from detkit.data.masks import decode
 from detkit.data.problems import RULES, Problem
+from detkit.data.raw import CleanOptions, RawSet
 from detkit.errors import DataError
+from detkit.types import CategoryMap
 
 SQUARE = [[5, 5, 25, 5, 25, 15, 5, 15]]
 
@@ -53,12 +60,14 @@ ANNOTATION_CASES: list[tuple[str, Any, str, int | None]] = [
     ("box-missing", box(2, bbox=None, segmentation=SQUARE), "fix", 2),
     ("box-nonfinite", box(2, bbox=[1, 2, float("nan"), 4]), "skip", 2),
     ("box-nonfinite", box(2, bbox=[1, 2, float("inf"), 4]), "skip", 2),
+    ("box-nonfinite", box(2, bbox=[1, 2, 10**400, 4]), "skip", 2),
     ("box-empty", box(2, bbox=[1, 2, 0, 4]), "skip", 2),
     ("box-empty", box(2, bbox=[1, 2, 5, -4]), "skip", 2),
     ("box-outside", box(2, bbox=[60, 2, 5, 4]), "skip", 2),
     ("box-clipped", box(2, bbox=[50, 2, 15, 4]), "fix", 2),
     ("area-missing", box(2, area=None), "fix", 2),
     ("area-missing", box(2, area=float("nan")), "fix", 2),
+    ("area-missing", box(2, area=10**400), "fix", 2),
     ("iscrowd-missing", box(2, iscrowd=None), "fix", 2),
     ("iscrowd-missing", box(2, iscrowd=5), "fix", 2),
     ("segmentation-invalid", box(2, segmentation=[[1, 2, 3, 4]]), "fix", 2),
@@ -135,6 +144,7 @@ IMAGE_CASES: list[tuple[str, Any, bool]] = [
     ("image-path", image(2, "C:\\2.jpg"), False),
     ("image-path", image(2, "..\\2.jpg"), False),
     ("image-path", image(2, "2\0.jpg"), False),
+    ("image-path", image(2, "\ud800.jpg"), False),
     ("image-missing", image(2), False),
     ("image-size", image(2, width=61), True),
 ]
@@ -380,6 +390,59 @@ def test_yolo_rules(tmp_path: Path) -> None:
         [15, 10, 30, 20],
         [0, 0, 60, 40],
     ]
+
+
+odd_values = st.sampled_from(
+    [None, 0, 1, 2, -3, 1.5, float("nan"), float("inf"), 10**400, 2**63, "1", "", [], [1], {}, True]
+)
+odd_segmentations = odd_values | st.sampled_from(
+    [
+        SQUARE,
+        [[-1e30, 0, 1e30, 0, 5, 1e30]],
+        [[0, 0, 1, 1]],
+        [["a"] * 6],
+        {"size": [40, 60], "counts": [2000, 400]},
+        {"size": [40, 60], "counts": [-1, 2401]},
+        {"size": [40, 60], "counts": "T\u00e9"},
+        {"size": [40, 60], "counts": "`Rn0"},
+        {"size": [40, 60], "counts": ["2400"]},
+        {"size": "40", "counts": [2400]},
+    ]
+)
+odd_annotations = odd_values | st.fixed_dictionaries(
+    {},
+    optional={
+        "id": odd_values,
+        "image_id": odd_values,
+        "category_id": odd_values | st.just(3),
+        "bbox": st.lists(odd_values, min_size=3, max_size=5) | st.just([5, 5, 20, 10]) | odd_values,
+        "area": odd_values,
+        "iscrowd": odd_values,
+        "segmentation": odd_segmentations,
+        "difficult": odd_values,
+    },
+)
+odd_images = odd_values | st.fixed_dictionaries(
+    {}, optional={k: odd_values for k in ("id", "file_name", "height", "width")}
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(odd_images, max_size=3), st.lists(odd_annotations, max_size=5), st.booleans())
+def test_any_json_is_cleaned_or_reported(images: Any, annotations: Any, masks: bool) -> None:
+    """Whatever the entries hold, what remains is sound and what goes is counted."""
+    raw = RawSet(CategoryMap(["cat", "dog"], [3, 7]), [image(1), *images], annotations, [], "x")
+    records, report = clean(raw, CleanOptions(read_images=False, masks=masks, limit=None))
+    assert len(records) == report.images >= 1
+    assert sum(report.counts.values()) == len(report.problems)
+    ids = records.annotation_ids.tolist()
+    assert 0 not in ids and len(set(ids)) == len(ids) == report.annotations
+    assert np.isfinite(records.bboxes).all() and (records.bboxes[:, 2:] > 0).all()
+    assert np.isfinite(records.areas).all() and (records.areas >= 0).all()
+    assert not masks or all(s is not None for s in records.segmentations)
+    for segmentation in records.segmentations:
+        if segmentation is not None:
+            assert decode(segmentation, 40, 60).shape == (40, 60)
 
 
 def test_every_rule_is_broken_by_a_test_here() -> None:

@@ -24,7 +24,10 @@ def values(image: Image.Image) -> list[list[int]]:
 MODES: dict[str, tuple[Image.Image, list[list[int]]]] = {
     "1": (Image.fromarray(np.array([[True, False]])), [[255] * 3, [0] * 3]),
     "L": (Image.fromarray(np.array([[7, 200]], np.uint8)), [[7] * 3, [200] * 3]),
-    "I;16": (Image.fromarray(np.array([[0, 65535, 257]], np.uint16)), [[0] * 3, [255] * 3, [1] * 3]),
+    "I;16": (
+        Image.fromarray(np.array([[0, 65535, 257]], np.uint16)),
+        [[0] * 3, [255] * 3, [1] * 3],
+    ),
     "I": (Image.fromarray(np.array([[-5, 99999, 514]], np.int32)), [[0] * 3, [255] * 3, [2] * 3]),
     "F": (
         Image.fromarray(np.array([[-3.0, 300.0, np.nan, 8.0]], np.float32)),
@@ -131,7 +134,9 @@ def test_smaller_decoding_of_a_turned_jpeg_counts_in_shown_sides(tmp_path: Path)
     assert load_image(path, LIMIT, at_least=(320, 160)).size == (160, 320)
 
 
-def test_the_pixel_limit_is_ours_not_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_limit_is_ours_not_pillows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save(tmp_path / "a.png", 40, 60)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with warnings.catch_warnings():

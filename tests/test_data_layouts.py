@@ -107,7 +107,9 @@ def test_real_image_folder(real_data: Path) -> None:
         assert dataset.report.counts == {}
         assert dataset.categories.names == tuple("0123456789")
         assert np.bincount(dataset.labels).tolist() == [images // 10] * 10
-        assert all(f.split("/")[0] == str(k) for f, k in zip(dataset.files, dataset.labels))
+        assert all(
+            f.split("/")[0] == str(k) for f, k in zip(dataset.files, dataset.labels, strict=True)
+        )
 
 
 def test_check_agrees_on_every_real_set(real_data: Path) -> None:

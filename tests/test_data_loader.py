@@ -23,7 +23,7 @@ from detkit.data import (
     steps_per_epoch,
     train_batches,
 )
-from detkit.data.loader import TrainPlan
+from detkit.data.plan import TrainPlan
 from detkit.errors import ConfigError, DataError
 from detkit.types import Batch
 
@@ -114,7 +114,9 @@ def test_ranks_share_a_batch(dataset: DetectionDataset) -> None:
     for step, [batch] in enumerate(whole):
         shares = [ranks[r][step][0] for r in range(2)]
         assert [len(s.files) for s in shares] == [2, 2]
-        assert [f for pair in zip(*(s.files for s in shares)) for f in pair] == batch.files
+        assert [
+            f for pair in zip(*(s.files for s in shares), strict=True) for f in pair
+        ] == batch.files
 
 
 def test_parts_split_a_batch(dataset: DetectionDataset) -> None:
@@ -232,7 +234,11 @@ def test_evaluation_sees_every_image_once_in_order(dataset: DetectionDataset) ->
 
 def test_ranks_share_evaluation(dataset: DetectionDataset) -> None:
     shares = [
-        [i for b in eval_batches(dataset, settings(), batch_size=2, rank=r, world=3) for i in b.image_ids]
+        [
+            i
+            for b in eval_batches(dataset, settings(), batch_size=2, rank=r, world=3)
+            for i in b.image_ids
+        ]
         for r in range(3)
     ]
     assert shares == [[1, 4, 7, 10], [2, 5, 8], [3, 6, 9]]

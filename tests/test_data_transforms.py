@@ -94,7 +94,9 @@ def test_flipping_mirrors(view: tuple[Geometry, NDArray[np.float64]]) -> None:
     x0, y0, x1, y1 = plain.boxes(box)[0]
     np.testing.assert_allclose(mirrored.boxes(box)[0], [width - x1, y0, width - x0, y1])
     image = picture(*geometry.source)
-    assert np.array_equal(np.asarray(plain.image(image))[:, ::-1], np.asarray(mirrored.image(image)))
+    assert np.array_equal(
+        np.asarray(plain.image(image))[:, ::-1], np.asarray(mirrored.image(image))
+    )
 
 
 @given(sides, sides, st.integers(8, 300), st.integers(0, 300))
@@ -120,9 +122,7 @@ def test_a_cut_keeps_an_object(view: tuple[Geometry, NDArray[np.float64]]) -> No
 @given(sides, sides, seeds, st.sampled_from([0.08, 0.5, 1.0]))
 def test_classifier_view(height: int, width: int, seed: int, least: float) -> None:
     rng = np.random.default_rng(seed)
-    view = transforms.random_classification(
-        rng, (height, width), side=32, flip=0.5, min_area=least
-    )
+    view = transforms.random_classification(rng, (height, width), side=32, flip=0.5, min_area=least)
     x0, y0, x1, y1 = view.crop
     assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
     assert view.size == (32, 32)

@@ -65,6 +65,10 @@ def is_image_name(name: str) -> bool:
 
 def confine(root: Path, name: str) -> Path:
     """Path of file ``name`` in ``root`` (resolved); raises ImageFileError where it leads out."""
+    try:
+        name.encode()
+    except UnicodeError as error:
+        raise ImageFileError("image-path", ascii(name), "a name that is no text") from error
     windows = PureWindowsPath(name)
     if (
         os.path.isabs(name)
