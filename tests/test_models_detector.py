@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from detkit.config import Config, resolve
@@ -302,7 +305,7 @@ def test_steps_repeat_bit_for_bit() -> None:
 
 
 def test_overfits_two_images_and_finds_their_objects() -> None:
-    model = _train(60)
+    model = _train(110)
     model.eval()
     data = batch(*some())
     for found, truth in zip(model.detect(data.images, data.sizes), data.targets, strict=True):
@@ -396,6 +399,50 @@ def test_autocast_and_channels_last_train_the_same_model() -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
     # in bf16 other proposals may be drawn, so only the RPN's own losses are comparable
     torch.testing.assert_close(losses[2][:2], losses[0][:2], rtol=0.02, atol=1e-2)
+
+
+def _ddp_worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(4)
+    small = config(model={"norm": "sync_bn", "head_norm": "sync_bn"})
+    model = nn.parallel.DistributedDataParallel(build_detector(small, CLASSES))
+    optimizer = torch.optim.SGD(model.parameters(), 0.02)
+    for _ in range(2):  # a parameter left out of one backward pass would stop the second forward
+        optimizer.zero_grad()
+        total(model(batch(*(some() if rank == 0 else [target([], []), target([], [])])))).backward()
+        optimizer.step()
+    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_process_without_boxes_keeps_step_with_the_others(tmp_path: Path) -> None:
+    mp.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(v, states[1][k]) and v.isfinite().all() for k, v in states[0].items())
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.gpu
+def test_cuda_trains_and_detects_as_the_cpu_does(amp: torch.dtype | None) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    every = {"batch_per_image": 100_000}  # nothing is drawn, so both devices see the same samples
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(5)
+        model = build_detector(config(rpn=every), CLASSES).to(device)
+        data = batch(*some()).to(device)
+        with torch.autocast("cuda", amp, enabled=amp is not None and device == "cuda"):
+            losses[device] = model(data)
+        total(losses[device]).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        model.eval()
+        with torch.autocast("cuda", amp, enabled=amp is not None and device == "cuda"):
+            assert len(model.detect(data.images, data.sizes)) == 2
+    for name in ("rpn_objectness", "rpn_box"):
+        torch.testing.assert_close(
+            losses["cuda"][name].cpu(), losses["cpu"][name], rtol=0.02, atol=0.01 if amp else 1e-3
+        )
 
 
 # --- torchvision ----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from detkit.engine import checkpoint, distributed
 from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.ema import Ema
 from detkit.engine.finite import FiniteFlags, Outcome
+from detkit.engine.inference import inference
 from detkit.engine.optimizer import base_lr, build_optimizer, set_factor
 from detkit.engine.progress import Progress, StepInfo, Window
 from detkit.engine.run import RunFolder
@@ -172,8 +173,8 @@ class _Fitting:
         self.watchdog = watchdog
         torch.manual_seed(config.train.seed + distributed.rank())
         self.model = model.to(device).train()
-        if device.type == "cuda" and config.train.amp != "off":
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layout = _layout(identity["kind"], device, config.train.amp)
+        self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(model, config.optim, config.train.batch_size)
         self.lr = base_lr(config.optim, config.train.batch_size)
         self.scaler = GradScaler(device.type, enabled=config.train.amp == "fp16")
@@ -229,6 +230,7 @@ class _Fitting:
             device=self.device,
             amp=self.config.train.amp,
             clip=self.config.train.clip,
+            layout=self.layout,
         )
         if self.ema is not None:
             self.ema.update(self.model, state.step)
@@ -332,11 +334,9 @@ class _Fitting:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.watchdog.paused())
                 stack.enter_context(torch.random.fork_rng(devices=devices))
-                stack.enter_context(torch.no_grad())
+                stack.enter_context(inference(self.model))
                 if self.ema is not None:
                     stack.enter_context(self.ema.applied(self.model))
-                stack.callback(self.model.train)
-                self.model.eval()
                 distributed.broadcast_buffers(self.model)
                 if distributed.world_size() == 1:  # together, processes finish what they began
                     stack.enter_context(self.signals.interrupts())
@@ -460,6 +460,16 @@ class _Fitting:
         if distributed.is_main():
             self.run.trim_metrics(self.progress.step, self.progress.evaluated_step)
             _log.info("resumed after step %d", self.progress.step)
+
+
+def _layout(kind: str, device: torch.device, amp: str) -> torch.memory_format:
+    """The memory format that trains faster; channels last where convolutions dominate.
+
+    Tensor cores and bf16 kernels read channels last. In fp32 on the CPU it saves a classifier about
+    a seventh of the time, while a detector loses more in its RoI operators than it gains.
+    """
+    classifier = kind in ("backbone", "supernet") and device.type == "cpu"
+    return torch.channels_last if amp != "off" or classifier else torch.contiguous_format
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

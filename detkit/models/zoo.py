@@ -63,8 +63,6 @@ def build_detector(config: Config, num_classes: int) -> TwoStageDetector:
         ConfigError: An unknown name, or settings that do not fit together.
     """
     model = config.model
-    if model.scales != "off":
-        raise ConfigError(f"model.scales: must be 'off' for {model.detector}, got {model.scales!r}")
     build = DETECTORS[_known("model.detector", model.detector, DETECTORS)]
     return build(config, num_classes)
 

@@ -1,9 +1,11 @@
 // __nv_bfloat16 of the emulation: torch's header-only type.
 #pragma once
 
-#undef __CUDACC__  // or the header would ask for CUDA's own
+// Or torch's header would ask for CUDA's own.
+#pragma push_macro("__CUDACC__")
+#undef __CUDACC__
 #include <torch/headeronly/util/BFloat16.h>
-#define __CUDACC__ 1
+#pragma pop_macro("__CUDACC__")
 
 using __nv_bfloat16 = torch::headeronly::BFloat16;
 

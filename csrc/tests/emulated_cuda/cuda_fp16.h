@@ -1,9 +1,11 @@
 // __half of the emulation: torch's header-only type.
 #pragma once
 
-#undef __CUDACC__  // or the header would ask for CUDA's own
+// Or torch's header would ask for CUDA's own.
+#pragma push_macro("__CUDACC__")
+#undef __CUDACC__
 #include <torch/headeronly/util/Half.h>
-#define __CUDACC__ 1
+#pragma pop_macro("__CUDACC__")
 
 using __half = torch::headeronly::Half;
 

@@ -13,7 +13,6 @@
 #include <utility>
 #include <vector>
 
-#define __CUDACC__ 1
 #define __global__
 #define __device__
 #define __host__

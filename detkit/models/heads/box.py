@@ -32,6 +32,8 @@ class BoxPredictor(nn.Module):
     ) -> None:
         super().__init__()
         make_norm = norm_named(norm)
+        # layers shaped by the classes: rows before the first class, rows per class
+        self.class_rows = {"classes": (1, 1)} | ({} if class_agnostic else {"boxes": (0, 4)})
         self.fc1 = nn.Linear(cin, channels)
         self.norm1 = make_norm(channels)
         self.fc2 = nn.Linear(channels, channels)
