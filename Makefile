@@ -78,7 +78,7 @@ fmt: $(DEPS)
 lint: $(DEPS)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+	@clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 
 types: $(DEPS)
 	$(RUN) -m mypy
@@ -86,7 +86,7 @@ types: $(DEPS)
 check: lint types test kernels
 
 demo: build/.ext
-	$(RUN) -m detkit demo
+	$(RUN) -m detkit.cli demo
 
 clean:
 	rm -rf build dist detkit/_C*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,11 +27,17 @@ struct ConvShape {
   bool empty() const { return batch * pixels() * groups * group_in * group_out * kernel() == 0; }
 };
 
-// Where the taps of a convolution at whole pixels read: tap i at p * stride + i * dilation -
-// padding.
-struct WholeTaps {
-  int64_t dilation_h, dilation_w, padding_h, padding_w;
-};
+// Channels side by side in memory, and not contiguous as well: outputs and gradients are then too.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4 || tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) == 1) continue;
+    if (tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
 
 inline void check_alike(const char* op, const Tensor& input, const Tensor& other, int64_t dim) {
   STD_TORCH_CHECK(other.dim() == dim, op, ": a tensor must have ", dim, " dimensions, got ",

@@ -1,6 +1,7 @@
 """detkit: design, train, slim, search and deploy convolutional object detectors.
 
-Importing this package loads no torch; the public functions of :mod:`detkit.api` are looked up on first use.
+Importing this package loads no torch; the public functions of :mod:`detkit.api` are looked up on
+first use.
 """
 
 import importlib

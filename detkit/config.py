@@ -1,6 +1,7 @@
-"""Every setting of a run as frozen dataclasses, read from TOML; unknown keys name the nearest known one.
+"""Every setting of a run as frozen dataclasses, read from TOML; unknown keys name the nearest.
 
-Order of precedence, last wins: defaults, recipe, config file, command-line flags, ``--set key=value``.
+Order of precedence, last wins: defaults, recipe, config file, command-line flags, ``--set
+key=value``.
 Imports no torch.
 """
 
@@ -32,7 +33,9 @@ def _require(condition: bool, key: str, must: str, value: object) -> None:
 def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
-        raise ConfigError(f"{key}: must be one of {', '.join(choices)}, got {value!r}{suggest(value, choices)}")
+        raise ConfigError(
+            f"{key}: must be one of {', '.join(choices)}, got {value!r}{suggest(value, choices)}"
+        )
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -54,16 +57,13 @@ class ModelConfig:
     head_norm: str = "none"
     """Normalisation of neck and heads: none, bn, sync_bn or gn."""
     frozen_stages: int = 0
-    """Stages of the backbone whose weights stay fixed: 0 none, 1 the stem only (DetNet), 2 stem and conv2."""
+    """Stages of the backbone that stay fixed: 0 none, 1 the stem (DetNet), 2 stem and conv2."""
     neck_channels: int = 256
     """Channels of every FPN level."""
-    scales: str = "off"
-    """Global scale learning (POD): off or learn."""
 
     def __post_init__(self) -> None:
         _one_of("model.norm", self.norm, NORMS)
         _one_of("model.head_norm", self.head_norm, ("none", "bn", "sync_bn", "gn"))
-        _one_of("model.scales", self.scales, ("off", "learn"))
         _require(0 <= self.frozen_stages <= 6, "model.frozen_stages", "in 0..6", self.frozen_stages)
         _require(self.neck_channels > 0, "model.neck_channels", "positive", self.neck_channels)
 
@@ -78,8 +78,18 @@ class AnchorConfig:
     """Height divided by width."""
 
     def __post_init__(self) -> None:
-        _require(all(s > 0 for s in self.sizes) and self.sizes, "anchors.sizes", "positive numbers", self.sizes)
-        _require(all(r > 0 for r in self.ratios) and self.ratios, "anchors.ratios", "positive numbers", self.ratios)
+        _require(
+            min(self.sizes, default=0) > 0,
+            "anchors.sizes",
+            "positive numbers",
+            self.sizes,
+        )
+        _require(
+            min(self.ratios, default=0) > 0,
+            "anchors.ratios",
+            "positive numbers",
+            self.ratios,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +121,26 @@ class RpnConfig:
     nms_iou: float = 0.7
     """NMS threshold of the proposals."""
     joint: bool = False
-    """Rank and suppress all levels as one pool (12000/2000 and 6000/1000 in DetNet) and not per level."""
+    """Rank and suppress all levels as one pool (DetNet) and not per level."""
     min_size: float = 0.0
     """Smallest side in input pixels of a proposal."""
 
     def __post_init__(self) -> None:
         for name in ("positive_fraction", "fg_iou", "bg_iou", "nms_iou"):
             _require(0 <= getattr(self, name) <= 1, f"rpn.{name}", "in 0..1", getattr(self, name))
-        _require(self.bg_iou <= self.fg_iou, "rpn.bg_iou", f"at most rpn.fg_iou={self.fg_iou}", self.bg_iou)
-        for name in ("batch_per_image", "pre_nms_train", "post_nms_train", "pre_nms_test", "post_nms_test"):
+        _require(
+            self.bg_iou <= self.fg_iou,
+            "rpn.bg_iou",
+            f"at most rpn.fg_iou={self.fg_iou}",
+            self.bg_iou,
+        )
+        for name in (
+            "batch_per_image",
+            "pre_nms_train",
+            "post_nms_train",
+            "pre_nms_test",
+            "post_nms_test",
+        ):
             _require(getattr(self, name) > 0, f"rpn.{name}", "positive", getattr(self, name))
 
 
@@ -212,16 +233,28 @@ class DataConfig:
         _require(0 <= self.flip <= 1, "data.flip", "in 0..1", self.flip)
         _require(0 < self.min_crop <= 1, "data.min_crop", "in (0, 1]", self.min_crop)
         _require(0 < self.eval_crop <= 1, "data.eval_crop", "in (0, 1]", self.eval_crop)
-        _require(len(self.mean) == len(self.std) == 3, "data.mean and data.std", "three numbers", self.mean)
+        _require(
+            len(self.mean) == len(self.std) == 3,
+            "data.mean and data.std",
+            "three numbers",
+            self.mean,
+        )
         _require(all(s > 0 for s in self.std), "data.std", "positive", self.std)
-        _require(self.long_side >= self.short_side > 0, "data.long_side", "at least data.short_side", self.long_side)
-        _require(all(s > 0 for s in self.multi_scale), "data.multi_scale", "positive", self.multi_scale)
+        _require(
+            self.long_side >= self.short_side > 0,
+            "data.long_side",
+            "at least data.short_side",
+            self.long_side,
+        )
+        _require(
+            all(s > 0 for s in self.multi_scale), "data.multi_scale", "positive", self.multi_scale
+        )
         _require(self.workers >= 0, "data.workers", "zero or more", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, how many at once, and in which precision. The schedule scales to steps, epochs or minutes."""
+    """How long, how many at once, in which precision; the schedule scales to the length given."""
 
     steps: int = 0
     """Optimiser steps; at most one of steps, epochs and minutes is set."""
@@ -234,7 +267,7 @@ class TrainConfig:
     accumulate: int = 1
     """Parts each process splits its share of the batch into."""
     amp: str = "off"
-    """Mixed precision: off, bf16 or fp16; boxes and losses stay fp32."""
+    """Mixed precision: off, bf16, fp16, or auto (bf16 where the hardware has it)."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights, per step; 0 turns it off."""
     clip: float = 0.0
@@ -251,7 +284,7 @@ class TrainConfig:
     """Steps between writes of last.pth."""
 
     def __post_init__(self) -> None:
-        _one_of("train.amp", self.amp, ("off", "bf16", "fp16"))
+        _one_of("train.amp", self.amp, ("off", "auto", "bf16", "fp16"))
         given = [k for k in ("steps", "epochs", "minutes") if getattr(self, k)]
         _require(len(given) <= 1, "train", "given one of steps, epochs and minutes", given)
         for name in ("steps", "epochs", "minutes", "clip", "label_smoothing"):
@@ -286,7 +319,7 @@ class OptimConfig:
     schedule: str = "step"
     """step or cosine."""
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)
-    """Shares of the schedule after which the rate is multiplied by gamma (120k and 160k of 180k)."""
+    """Shares of the schedule after which the rate is multiplied by gamma."""
     gamma: float = 0.1
     """Factor at each milestone."""
 
@@ -295,8 +328,15 @@ class OptimConfig:
         _one_of("optim.schedule", self.schedule, ("step", "cosine"))
         for name in ("lr", "weight_decay", "warmup_steps"):
             _require(getattr(self, name) >= 0, f"optim.{name}", "zero or more", getattr(self, name))
-        _require(0 < self.warmup_factor <= 1, "optim.warmup_factor", "in (0, 1]", self.warmup_factor)
-        _require(all(0 < m < 1 for m in self.milestones), "optim.milestones", "shares in (0, 1)", self.milestones)
+        _require(
+            0 < self.warmup_factor <= 1, "optim.warmup_factor", "in (0, 1]", self.warmup_factor
+        )
+        _require(
+            all(0 < m < 1 for m in self.milestones),
+            "optim.milestones",
+            "shares in (0, 1)",
+            self.milestones,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +378,11 @@ def to_plain(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def from_plain(plain: Mapping[str, Mapping[str, Any]], base: Config | None = None) -> Config:
-    """``base`` (or the defaults) with the values of ``plain``; raises ConfigError on unknown keys or wrong types."""
+    """``base`` (or the defaults) with the values of ``plain``.
+
+    Raises:
+        ConfigError: an unknown table or key, or a value of the wrong type or out of range.
+    """
     base = base or Config()
     sections = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
     for section, values in plain.items():
@@ -356,10 +400,14 @@ def _replace(section: str, current: Any, values: Mapping[str, Any]) -> Any:
     for key in values:
         if key not in hints:
             known = [f"{section}.{k}" for k in hints]
-            raise ConfigError(f"config: unknown key {section}.{key}{suggest(f'{section}.{key}', known)}")
+            raise ConfigError(
+                f"config: unknown key {section}.{key}{suggest(f'{section}.{key}', known)}"
+            )
     typed = {k: _typed(f"{section}.{k}", v, hints[k]) for k, v in values.items()}
     schedule = ("steps", "epochs", "minutes")
-    if section == "train" and any(typed.get(k) for k in schedule):  # the last one given replaces an earlier layer's
+    if section == "train" and any(
+        typed.get(k) for k in schedule
+    ):  # the last one given replaces an earlier layer's
         typed = {**dict.fromkeys(schedule, 0), **typed}
     return dataclasses.replace(current, **typed)
 
@@ -379,11 +427,13 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 
 
 def parse_override(text: str) -> dict[str, dict[str, Any]]:
-    """``{"optim": {"lr": 0.01}}`` from ``optim.lr=0.01``; the value is TOML, a bare word is a string."""
+    """``{"optim": {"lr": 0.01}}`` from ``optim.lr=0.01``; the value is TOML or a bare word."""
     key, sign, raw = text.partition("=")
     parts = key.strip().split(".")
     if not sign or len(parts) != 2:
-        raise ConfigError(f"--set: must read table.key=value, got {text!r}; for example --set optim.lr=0.01")
+        raise ConfigError(
+            f"--set: must read table.key=value, got {text!r}; for example --set optim.lr=0.01"
+        )
     try:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
     except tomllib.TOMLDecodeError:
@@ -411,11 +461,15 @@ def recipe_path(name: str) -> Path:
     """File of a recipe; raises ConfigError with the nearest name."""
     known = recipes()
     if name not in known:
-        raise ConfigError(f"--recipe: unknown recipe {name!r}{suggest(name, known)}; `detkit models` lists them")
+        raise ConfigError(
+            f"--recipe: unknown recipe {name!r}{suggest(name, known)}; `detkit models` lists them"
+        )
     return known[name]
 
 
-def resolve(layers: Iterable[Mapping[str, Mapping[str, Any]]], base: Config | None = None) -> Config:
+def resolve(
+    layers: Iterable[Mapping[str, Mapping[str, Any]]], base: Config | None = None
+) -> Config:
     """Apply layers of plain tables in order, last wins."""
     config = base or Config()
     for layer in layers:

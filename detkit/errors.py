@@ -1,6 +1,7 @@
 """The errors a user can cause, each with the exit code the command line gives it.
 
-Messages read ``<what>: <must hold>, got <value>[; <what to do>]``: lower case, one sentence, no full stop.
+Messages read ``<what>: <must hold>, got <value>[; <what to do>]``: lower case, one sentence, no
+full stop.
 """
 
 
@@ -52,8 +53,8 @@ class StalledError(DetkitError):
     exit_code = 7
 
 
-class TrainingInterrupted(DetkitError):
-    """Training was asked to stop by a signal; the checkpoint is saved. ``exit_code`` is 128 + the signal."""
+class TrainingInterrupted(DetkitError):  # noqa: N818 - what happened, and no error
+    """A signal asked training to stop; the checkpoint is saved, ``exit_code`` is 128 + signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

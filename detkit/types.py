@@ -1,4 +1,4 @@
-"""The values that travel between the parts: feature specs, targets, batches, detections, category maps.
+"""The values that travel between the parts: specs, targets, batches, detections, category maps.
 
 Letters: N batch, C channels, H W map, G truth boxes, R detections, K classes (background excluded).
 Boxes are xyxy floats in input pixels; labels are 1..K with 0 background.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from detkit.errors import DataError
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Channels and stride of one feature map; strides are declared, never guessed from a level's number."""
+    """Channels and stride of a map; strides are declared, never guessed from a level's number."""
 
     channels: int
     stride: int
@@ -31,7 +31,8 @@ class Target:
     Attributes:
         boxes: (G, 4) float32, xyxy in input pixels.
         labels: (G,) int64 in 1..K.
-        iscrowd: (G,) bool; crowd regions are never targets, and anchors or RoIs inside them are not background.
+        iscrowd: (G,) bool; crowd regions are never targets, and anchors or RoIs inside them are
+            not background.
         masks: (G, H, W) bool in input pixels, or None where no part of the model asks for them.
     """
 
@@ -59,7 +60,8 @@ class Batch:
         targets: N targets; empty when only detecting.
         files: N file names, for messages.
         image_ids: N dataset image ids.
-        original_sizes: (N, 2) int64 on the CPU, (height, width) of each file as shown (EXIF applied).
+        original_sizes: (N, 2) int64 on the CPU, (height, width) of each file as shown (EXIF
+            applied).
     """
 
     images: Tensor
@@ -83,7 +85,7 @@ class Batch:
 
 @dataclass
 class ClassificationBatch:
-    """Images (N, 3, S, S) float32, normalised, with labels (N,) int64 in 0..K-1 and N file names."""
+    """Images (N, 3, S, S) float32, normalised, labels (N,) int64 in 0..K-1, N file names."""
 
     images: Tensor
     labels: Tensor
@@ -101,7 +103,8 @@ class ClassificationBatch:
 class Detections(TypedDict):
     """What ``detect`` returns per image, best score first.
 
-    boxes (R, 4) xyxy in the pixels of the given input image, labels (R,) int64 in 1..K, scores (R,) in 0..1,
+    boxes (R, 4) xyxy in the pixels of the given input image, labels (R,) int64 in 1..K,
+    scores (R,) in 0..1,
     masks (R, H, W) bool where the detector has a mask head.
     """
 
@@ -114,16 +117,21 @@ class Detections(TypedDict):
 class CategoryMap:
     """The only place where dataset category ids and labels 1..K meet.
 
-    ``ids[k - 1]`` is the dataset's id of label k and ``names[k - 1]`` its name; ids may have gaps and any order.
+    ``ids[k - 1]`` is the dataset's id of label k and ``names[k - 1]`` its name; ids may have gaps
+    and any order.
     """
 
     def __init__(self, names: Iterable[str], ids: Iterable[int] | None = None) -> None:
         self.names = tuple(names)
         self.ids = tuple(ids) if ids is not None else tuple(range(1, len(self.names) + 1))
         if len(self.names) != len(self.ids) or not self.names:
-            raise DataError(f"categories: as many names as ids and at least one, got {self.names} and {self.ids}")
+            raise DataError(
+                f"categories: must be as many names as ids, got {self.names} and {self.ids}"
+            )
         if len(set(self.names)) != len(self.names) or len(set(self.ids)) != len(self.ids):
-            raise DataError(f"categories: names and ids must be unique, got {self.names} with ids {self.ids}")
+            raise DataError(
+                f"categories: names and ids must be unique, got {self.names} with ids {self.ids}"
+            )
         self._labels = {category_id: k for k, category_id in enumerate(self.ids, 1)}
 
     def __len__(self) -> int:
@@ -150,11 +158,11 @@ class CategoryMap:
         """Category name of a label 1..K."""
         return self.names[label - 1]
 
-    def to_plain(self) -> dict[str, list]:
+    def to_plain(self) -> dict[str, list[Any]]:
         """Plain types for a checkpoint."""
         return {"names": list(self.names), "ids": list(self.ids)}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, list]) -> CategoryMap:
+    def from_plain(cls, plain: dict[str, list[Any]]) -> CategoryMap:
         """The map that :meth:`to_plain` wrote."""
         return cls(plain["names"], plain["ids"])

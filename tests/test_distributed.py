@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_a_signal_to_one_process_stops_both(tmp_path: Path) -> None:
     assert code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     assert checkpoint.load(tmp_path / "last.pth")["progress"]["step"] == 4
+
+
+def test_stopping_the_launcher_lets_both_save(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "launcher", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert checkpoint.load(tmp_path / "last.pth")["progress"]["step"] >= 3
 
 
 def test_alone_every_question_has_one_answer() -> None:

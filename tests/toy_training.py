@@ -239,7 +239,29 @@ def _stopped_together(run: RunFolder) -> None:
         train(run, config, model=Plain, source=on_fetch)
 
 
+def _long_together(run: RunFolder) -> None:
+    """Two processes that train until they are told to stop."""
+
+    def on_step(info: Any) -> None:
+        if info.step == 3:
+            print("running", flush=True)
+
+    with distributed.process_group(torch.device("cpu")):
+        config = toy_config(train={"batch_size": 8, "accumulate": 2, "steps": 10**6})
+        if distributed.is_main():
+            new_run(run.path, config)
+        train(run, config, model=Plain, source=_share, on_step=on_step)
+
+
+def _launcher(run: RunFolder) -> None:
+    """What ``--gpus 2`` does, around :func:`_long_together`."""
+    command = [sys.executable, __file__, "long-together", str(run.path)]
+    sys.exit(distributed.launch(2, command))
+
+
 SCENARIOS = {
+    "long-together": _long_together,
+    "launcher": _launcher,
     "slow": _slow,
     "evaluating": _evaluating,
     "stalled": _stalled,

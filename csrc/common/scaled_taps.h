@@ -51,6 +51,11 @@ DETKIT_HD Tap<T> whole_tap(int64_t offset) {
   return {offset, offset, T(1), T(0), T(0)};
 }
 
+// Taps of a convolution at whole pixels: tap i reads at p * stride + i * dilation - padding.
+struct WholeTaps {
+  int64_t dilation_h, dilation_w, padding_h, padding_w;
+};
+
 // near_weight * a + far_weight * b, without looking at b where its weight is 0: a NaN stays with
 // the outputs that touch it.
 template <typename T>

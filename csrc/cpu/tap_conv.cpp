@@ -9,9 +9,10 @@
 namespace detkit::cpu {
 namespace {
 
-constexpr int64_t kColumnBytes = int64_t(4) << 20;  // of a task: columns stay in the outer cache
-constexpr int64_t kFewPixels = 256;    // a sample with fewer shares its products with others
-constexpr int64_t kChannelBlock = 16;  // input channels of a backward task
+constexpr int64_t kColumnBytes = int64_t(2)
+                                 << 20;  // of a task, so that columns stay in a near cache
+constexpr int64_t kFewPixels = 256;      // of a product: with fewer, packing the weights dominates
+constexpr int64_t kChannelBlock = 16;    // input channels of a backward task
 constexpr int64_t kSmallProduct =
     512;  // weights below which a library call costs more than it saves
 
@@ -76,7 +77,7 @@ struct Tiling {
   Tiling(const ConvShape& shape, bool joined, int64_t bytes_per_pixel) {
     spaces = joined ? 1 : shape.batch;
     space_pixels = joined ? shape.batch * shape.pixels() : shape.pixels();
-    const int64_t fitting = std::max<int64_t>(kColumnBytes / bytes_per_pixel, 16);
+    const int64_t fitting = std::max(kColumnBytes / bytes_per_pixel, kFewPixels);
     tiles = ceil_div(space_pixels, fitting);
     tiles += tiles > 1 && tiles % 2 != 0;  // an even number divides over two threads
     tile_pixels = ceil_div(ceil_div(space_pixels, tiles), 16) * 16;
@@ -404,17 +405,6 @@ ScalarType sum_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (tensor.size(dim) == 1) continue;
-    if (tensor.stride(dim) != expected) return false;
-    expected *= tensor.size(dim);
-  }
-  return true;
-}
-
 bool joins_samples(const Tensor& map) {
   return is_channels_last(map) || (map.size(0) > 1 && map.size(2) * map.size(3) < kFewPixels);
 }
@@ -488,7 +478,7 @@ Sum::Sum(const Tensor& like, bool needed) : like_(like) {
 Tensor Sum::result() const {
   if (!sum) return torch::stable::new_empty(like_, {0});
   return torch::stable::contiguous(torch::stable::to(*sum, like_.scalar_type()),
-                                   layout(like_.dim() == 4 && is_channels_last(like_)));
+                                   layout(is_channels_last(like_)));
 }
 
 void tap_forward(const ConvShape& shape, const SampleTaps& taps, const Tensor& input,

@@ -1,5 +1,5 @@
 // The few lines of a test framework. One program per file test_*.cpp; a file that includes
-// torch_stable.h is linked with the operators, any other one with the raw kernels only.
+// torch_stable.h is linked with libdetkit_ops, any other one with the raw kernels only.
 #pragma once
 
 #include <cmath>

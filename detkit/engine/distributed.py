@@ -7,6 +7,7 @@ other ranks a question never waits for the device.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import uuid
@@ -136,6 +137,9 @@ def launch(processes: int, command: Sequence[str]) -> int:
         max_restarts=0,
     )
     handlers = {number: signal.getsignal(number) for number in _PASSED_ON}
+    disabled = logging.root.manager.disable
+    if "LOGLEVEL" not in os.environ:  # torch's variable for those who want to see its launcher work
+        logging.disable(logging.ERROR)  # the processes have said what was wrong
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
@@ -143,6 +147,7 @@ def launch(processes: int, command: Sequence[str]) -> int:
     except SignalException as error:  # this process was asked to stop and has passed it on
         return 128 + int(error.sigval)
     finally:
+        logging.disable(disabled)
         for number, handler in handlers.items():  # the launcher leaves its own behind
             signal.signal(number, handler or signal.SIG_DFL)
     return 0

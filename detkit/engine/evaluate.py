@@ -191,7 +191,7 @@ Sizes = dict[int | str, tuple[int, int]]
 
 def _sizes(truth: Record) -> Sizes:
     """(height, width) by image id, of the images that state them."""
-    stated = (i for i in truth["images"] if "height" in i and "width" in i)
+    stated = (i for i in truth["images"] if i.get("height") and i.get("width"))
     return {i["id"]: (i["height"], i["width"]) for i in stated}
 
 
@@ -225,7 +225,9 @@ def _mask(record: Record, box: list[float], sizes: Sizes) -> Record:
     if not shape:
         x, y, w, h = box
         shape = [[x, y, x, y + h, x + w, y + h, x + w, y]]
-    return dict(mask.merge(mask.frPyObjects(shape, height, width)))
+    far = 10 * max(height, width)  # pycocotools follows outlines pixel by pixel and crashes on 1e30
+    near = [[min(max(v, -far), far) for v in polygon] for polygon in shape]
+    return dict(mask.merge(mask.frPyObjects(near, height, width)))
 
 
 def detect_dataset(

@@ -9,8 +9,8 @@ box match whatever truth comes last).
 from __future__ import annotations
 
 import json
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _check_row(where: str, result: object, images: dict[Any, Record], categories
     _check_id(where, "image_id", result["image_id"], images)
     _check_id(where, "category_id", result["category_id"], categories)
     score = result["score"]
-    if not _is_real(score) or not math.isfinite(score):
+    if not _is_real(score) or not abs(score) <= sys.float_info.max:
         raise DataError(f"{where}: score must be a finite number, got {score!r}")
     if "bbox" in result:
         _check_box(where, result["bbox"])
@@ -114,7 +114,7 @@ def _check_box(where: str, box: object) -> None:
 
 
 def _is_box(box: Sequence[float]) -> bool:
-    return all(math.isfinite(v) for v in box) and min(box[2], box[3]) >= 0
+    return all(abs(v) <= sys.float_info.max for v in box) and min(box[2], box[3]) >= 0
 
 
 def _check_mask(where: str, mask: object, image: Record) -> None:

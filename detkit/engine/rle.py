@@ -6,6 +6,7 @@ for a box and stops, and gives masks of another size IoU -1; all of this is caug
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ def usable_polygons(segmentation: object) -> list[list[float]]:
 def _is_polygon(points: object) -> bool:
     if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
         return False
-    return all(isinstance(v, int | float) for v in points) and bool(np.isfinite(points).all())
+    largest = sys.float_info.max  # NaN, infinity, and integers beyond floats are not below it
+    return all(isinstance(v, int | float) and abs(v) <= largest for v in points)
 
 
 def mask_area(segmentation: list[list[float]] | dict[str, Any]) -> float:

@@ -30,6 +30,7 @@ from detkit.engine import checkpoint, distributed
 from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.ema import Ema
 from detkit.engine.finite import FiniteFlags, Outcome
+from detkit.engine.inference import inference
 from detkit.engine.optimizer import base_lr, build_optimizer, set_factor
 from detkit.engine.progress import Progress, StepInfo, Window
 from detkit.engine.run import RunFolder
@@ -332,11 +333,9 @@ class _Fitting:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.watchdog.paused())
                 stack.enter_context(torch.random.fork_rng(devices=devices))
-                stack.enter_context(torch.no_grad())
+                stack.enter_context(inference(self.model))
                 if self.ema is not None:
                     stack.enter_context(self.ema.applied(self.model))
-                stack.callback(self.model.train)
-                self.model.eval()
                 distributed.broadcast_buffers(self.model)
                 if distributed.world_size() == 1:  # together, processes finish what they began
                     stack.enter_context(self.signals.interrupts())

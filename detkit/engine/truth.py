@@ -9,14 +9,14 @@ The rules, in order (pycocotools is silently wrong on most of these, and stops o
   anything): dropped, save where usable polygons give the box;
 - `iscrowd` that is missing or not 0 or 1 becomes 0;
 - `area` that is missing, not finite or negative becomes the mask's, or the box's without a mask;
-- annotation ids that are missing, repeated, or not positive integers (pycocotools takes a match
-  with id 0 for none) make all ids be renumbered from 1; one id twice on the very same object is one
+- annotation ids that are missing, repeated, 0 or no integers (pycocotools takes a match with id
+  0 for none) make all ids be renumbered from 1; one id twice on the very same object is one
   object.
 """
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from detkit.engine import rle
@@ -144,7 +144,9 @@ def _known(identity: object, known: Any) -> bool:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN, infinity, and integers beyond floats
 
 
 def _fix_segmentation(annotation: Record, image: Record, identity: object, notes: _Notes) -> None:
@@ -185,7 +187,7 @@ def _is_box(box: object) -> bool:
 
 def _renumber(annotations: list[Record], notes: _Notes) -> list[Record]:
     ids = [a.get("id") for a in annotations]
-    if all(_is_positive(i) for i in ids) and len(set(ids)) == len(ids):
+    if all(_is_usable_id(i) for i in ids) and len(set(ids)) == len(ids):
         return annotations
     kept: list[Record] = []
     first: dict[str, list[Record]] = {}
@@ -195,15 +197,15 @@ def _renumber(annotations: list[Record], notes: _Notes) -> list[Record]:
         if identity is not None and any(_same_object(annotation, other) for other in same):
             notes.add("annotations dropped, the same object twice under one id", identity)
             continue
-        if same or not _is_positive(identity):
-            notes.add("annotation ids missing, repeated or not positive, all renumbered", identity)
+        if same or not _is_usable_id(identity):
+            notes.add("annotation ids missing, repeated or 0, all renumbered", identity)
         same.append(annotation)
         kept.append(annotation)
     return [{**a, "id": n} for n, a in enumerate(kept, 1)]
 
 
-def _is_positive(identity: object) -> bool:
-    return isinstance(identity, int) and not isinstance(identity, bool) and identity > 0
+def _is_usable_id(identity: object) -> bool:
+    return isinstance(identity, int) and not isinstance(identity, bool) and identity != 0
 
 
 def _same_object(a: Record, b: Record) -> bool:

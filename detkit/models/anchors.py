@@ -1,4 +1,4 @@
-"""Anchors with an explicit (stride, sizes) per level, because levels of different size may share a stride."""
+"""Anchors with an explicit (stride, sizes) per level: several levels may share a stride."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """Anchors around the origin, (len(ratios) * len(sizes), 4), ratio-major, corners rounded to whole pixels.
+    """Anchors around the origin, (len(ratios) * len(sizes), 4), ratio-major, in whole pixels.
 
     Args:
         sizes: Side in pixels of the square anchor of the same area.
@@ -52,7 +52,7 @@ class AnchorGrid:
     def __call__(
         self, shapes: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
     ) -> list[Tensor]:
-        """Anchors of each level as (H * W * per_cell, 4), row by row, the anchors of a cell side by side.
+        """Anchors of each level, (H * W * per_cell, 4), row by row, those of a cell side by side.
 
         Args:
             shapes: (H, W) of each level.

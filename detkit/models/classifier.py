@@ -5,21 +5,22 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detkit.types import ClassificationBatch, FeatureSpec
+from detkit.models.backbones.base import Backbone
+from detkit.types import ClassificationBatch
 
 
 class Classifier(nn.Module):
     """Classes from the last map of a backbone.
 
     Args:
-        backbone: Images (N, 3, S, S) to maps by name, with ``feature_specs``; the last map is used.
+        backbone: Images (N, 3, S, S) to maps by name; the last map is used.
         num_classes: Classes, without a background.
         label_smoothing: Share of the target spread over all classes.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, label_smoothing: float = 0.0) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        specs: dict[str, FeatureSpec] = backbone.feature_specs
+        specs = backbone.feature_specs
         self.backbone = backbone
         self.last = list(specs)[-1]
         self.fc = nn.Linear(specs[self.last].channels, num_classes)
@@ -27,7 +28,8 @@ class Classifier(nn.Module):
 
     def classify(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, 3, S, S)."""
-        return self.fc(self.backbone(images)[self.last].mean((2, 3)))
+        logits: Tensor = self.fc(self.backbone(images)[self.last].mean((2, 3)))
+        return logits
 
     def forward(self, batch: ClassificationBatch) -> dict[str, Tensor]:
         """``{"loss": ...}``: mean cross entropy in fp32."""

@@ -7,23 +7,25 @@ from torch import Tensor, nn
 
 from detkit.config import RpnConfig
 from detkit.errors import DataError
+from detkit.models.backbones.base import Backbone
+from detkit.models.heads.roi import RoiHead
 from detkit.models.heads.rpn import RPN
 from detkit.types import Batch, Detections
 
 
 class TwoStageDetector(nn.Module):
-    """Backbone and neck give maps, the RPN proposes boxes on them, the head classifies and refines these.
+    """Backbone and neck give maps, the RPN proposes boxes, the head classifies and refines them.
 
     Args:
         backbone: Images (N, 3, H, W) to maps by name.
         neck: Maps by name to the maps that ``rpn`` and ``head`` use.
         rpn: Region proposal network.
-        head: Has ``losses(features, proposals, targets)`` and ``detect(features, proposals, sizes)``.
+        head: Head on the proposals.
         num_classes: Classes without background.
     """
 
     def __init__(
-        self, backbone: nn.Module, neck: nn.Module, rpn: RPN, head: nn.Module, num_classes: int
+        self, backbone: Backbone, neck: nn.Module, rpn: RPN, head: RoiHead, num_classes: int
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -34,7 +36,8 @@ class TwoStageDetector(nn.Module):
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of the neck."""
-        return self.neck(self.backbone(images))
+        maps: dict[str, Tensor] = self.neck(self.backbone(images))
+        return maps
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar losses by name; their sum is what to minimise.
@@ -70,7 +73,12 @@ class TwoStageDetector(nn.Module):
 
 
 def check_targets(batch: Batch, num_classes: int) -> None:
-    """Refuse a batch that would only fail deep inside a loss: ValueError or DataError as :meth:`forward` says."""
+    """Refuse a batch that would fail deep inside a loss.
+
+    Raises:
+        DataError: A label is outside 1..num_classes.
+        ValueError: Not one target per image.
+    """
     if len(batch.targets) != len(batch.images):
         raise ValueError(
             f"batch: one target per image ({len(batch.images)}), got {len(batch.targets)}"

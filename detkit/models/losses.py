@@ -1,4 +1,4 @@
-"""Losses of boxes, summed; their callers divide by the number of samples, which may be zero for one process."""
+"""Losses of boxes, summed in fp32; callers divide by the number of samples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Sum of the smooth L1 loss in fp32: ``d^2 / (2 beta)`` below ``beta``, ``d - beta / 2`` above, d = |p - t|.
+    """Sum of ``d^2 / (2 beta)`` where d = |p - t| is below ``beta``, else of ``d - beta / 2``.
 
     Zero with a gradient graph when there are no rows.
     """
@@ -16,12 +16,12 @@ def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
 
 
 def objectness(logits: Tensor, positives: int) -> Tensor:
-    """Sum of the binary cross entropy in fp32 of logits (S,) of which the first ``positives`` should be 1."""
+    """Sum of the binary cross entropy of logits (S,); the first ``positives`` should be 1."""
     truth = torch.zeros_like(logits, dtype=torch.float32)
     truth[:positives] = 1
     return F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="sum")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the softmax cross entropy in fp32 of logits (S, K + 1) and labels (S,)."""
+    """Sum of the softmax cross entropy of logits (S, K + 1) and labels (S,)."""
     return F.cross_entropy(logits.float(), labels, reduction="sum")

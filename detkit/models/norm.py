@@ -1,4 +1,4 @@
-"""Normalisation layers by name. All batch norms share torchvision's state-dict keys, so weights move between them."""
+"""Normalisation layers by name; the batch norms share their state-dict keys."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
 
 from detkit.config import suggest
 from detkit.errors import ConfigError
@@ -21,7 +22,7 @@ _GROUPS = 32
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with fixed statistics, scale and shift: ``train()`` does not wake it and no gradient reaches it."""
+    """Batch norm with fixed statistics, scale and shift, whatever ``train()`` says."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -34,9 +35,16 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (N, C, H, W) with the stored statistics."""
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            raise ValueError("FrozenBatchNorm2d: must hold running statistics, got none")
+        if not torch.is_grad_enabled() or x.dtype != mean.dtype:
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        # The same as one multiply-add: its gradient needs no copy of x, which halves what a
+        # training step remembers.
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -55,43 +63,33 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
 
-class SyncBatchNorm2d(nn.SyncBatchNorm):
+class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, on CPU too.
 
-    ``nn.SyncBatchNorm`` refuses CPU tensors, so there the statistics are reduced here: the mean first and then the
-    centred squares, because the difference of two large sums would cancel. On CUDA it is ``nn.SyncBatchNorm``.
+    On CUDA it computes what ``nn.SyncBatchNorm`` does. That class refuses CPU tensors, and a
+    data-parallel wrapper refuses the class on CPU; so here the statistics are reduced in two
+    passes, the mean and then the centred squares, because a difference of large sums would cancel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (N, C, H, W) over N, H, W and the processes."""
-        if x.is_cuda:
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or batches is None or self.momentum is None:
+            raise ValueError("SyncBatchNorm2d: must track running statistics with a momentum")
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not (self.training and together):
             return super().forward(x)
-        together = (
-            self.training
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_world_size() > 1
-        )
-        if not together:
-            return F.batch_norm(
-                x,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                self.training,
-                self._step(),
-                self.eps,
-            )
-        return self._over_processes(x)
+        batches.add_(1)
+        if x.is_cuda:
+            world = dist.group.WORLD, dist.get_world_size()
+            args = (self.weight, self.bias, mean, var, self.eps, self.momentum, *world)
+            out: Tensor = CudaSyncBatchNorm.apply(x, *args)
+            return out
+        return self._over_processes(x, mean, var, self.momentum)
 
-    def _step(self) -> float:
-        """Share of the new statistics in the running ones; counts the batch as ``nn.BatchNorm2d`` does."""
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        return 0.0 if self.momentum is None else self.momentum
-
-    def _over_processes(self, x: Tensor) -> Tensor:
+    def _over_processes(
+        self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+    ) -> Tensor:
         values = x.float()
         dims, shape = (0, 2, 3), (1, -1, 1, 1)
         count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
@@ -100,15 +98,15 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
         centred = values - mean.view(shape)
         var = _AllReduceSum.apply(centred.square().sum(dims)) / count
         with torch.no_grad():
-            step = self._step()
-            self.running_mean.lerp_(mean, step)
-            self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), step)
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(var * (count / (count - 1).clamp(min=1)), momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        out: Tensor = centred * scale.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with 32 groups, or with the largest power of two below that divides ``channels``."""
+    """Group norm with 32 groups, or the largest power of two below that divides ``channels``."""
     return nn.GroupNorm(math.gcd(_GROUPS, channels), channels)
 
 
@@ -122,7 +120,7 @@ NORMS: dict[str, Norm] = {
 
 
 def norm_named(name: str) -> Norm:
-    """The layer's maker for ``frozen_bn``, ``bn``, ``sync_bn``, ``gn`` or ``none``; raises ConfigError otherwise."""
+    """Maker of the layer; raises ConfigError for a name that is not in NORMS."""
     if name not in NORMS:
         raise ConfigError(
             f"norm: must be one of {', '.join(NORMS)}, got {name!r}{suggest(name, NORMS)}"

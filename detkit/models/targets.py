@@ -15,8 +15,8 @@ POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 CROWD_SHARE = 0.7
 """A box with this share of its area inside one crowd region is not background."""
 
-_CHUNK = 1 << 21
-"""Largest number of IoUs held at once."""
+_CHUNK = 1 << 18
+"""Largest number of IoUs held at once: a few megabytes, so that they stay in the cache."""
 
 
 @dataclass
@@ -43,16 +43,16 @@ def match(
 ) -> Matches:
     """Compare boxes with the truth of their image.
 
-    Positive at ``fg_iou`` or more with some truth box, negative below ``bg_iou`` with all, ignored between. Crowd
-    regions are no truth, and boxes mostly inside one are ignored where they would be negative.
+    Positive at ``fg_iou`` or more with some truth box, negative below ``bg_iou`` with all, ignored
+    between. Crowd regions are no truth; a box mostly inside one is ignored and not negative.
 
     Args:
         boxes: (B, 4) xyxy.
         target: Truth of the image.
         fg_iou: Lowest IoU of a positive.
         bg_iou: Upper bound of a negative's IoU.
-        keep_best: The boxes nearest to each truth box are positive at any overlap (ties included); they keep their
-            own best truth box.
+        keep_best: The boxes nearest to a truth box are positive at any overlap (ties included);
+            they keep their own best truth box.
         chunk: Largest number of IoUs held at once.
     """
     truth = target.boxes[~target.iscrowd]
@@ -71,7 +71,7 @@ def match(
 def _best_overlaps(
     boxes: Tensor, truth: Tensor, keep_best: bool, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Best IoU (B,) and its truth (B,) of each box, and the boxes nearest to a truth box (M,), chunk by chunk."""
+    """Best IoU (B,) and its truth (B,) of each box, and the boxes (M,) nearest to a truth box."""
     best = boxes.new_zeros(len(boxes))
     index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     candidates = [(best.new_zeros(0), index[:0], index[:0])]
@@ -93,15 +93,16 @@ def _best_overlaps(
 
 
 def inside_crowd(boxes: Tensor, crowd: Tensor, chunk: int = _CHUNK) -> Tensor:
-    """(B,) bool: at least CROWD_SHARE of a box's area lies in one of the ``crowd`` regions (C, 4), C > 0."""
+    """(B,) bool: CROWD_SHARE of a box or more lies in one of the regions (C, 4), C > 0."""
     parts = boxes.split(max(1, chunk // len(crowd)))
     return torch.cat([box_ops.overlap_share(part, crowd).amax(1) for part in parts]) >= CROWD_SHARE
 
 
 def sample(label: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Indices of randomly drawn positives and negatives, ``count`` together where there are enough.
+    """Indices of randomly drawn positives and negatives, at most ``count`` together.
 
-    At most ``positive_fraction * count`` are positive; negatives fill the rest. Draws from torch's generator.
+    At most ``positive_fraction * count`` are positive; negatives fill the rest. Draws from
+    torch's generator.
 
     Args:
         label: (B,) as in :class:`Matches`.

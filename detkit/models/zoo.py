@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
+from collections.abc import Callable, Mapping
 
 from detkit.config import Config, suggest
 from detkit.errors import ConfigError
 from detkit.models.anchors import AnchorGrid
+from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
-from detkit.models.backbones.resnet import ResNet, resnet, resnet_tiny
+from detkit.models.backbones.resnet import resnet, resnet_tiny
 from detkit.models.classifier import Classifier
 from detkit.models.detector import TwoStageDetector
-from detkit.models.heads.box import BoxHead, BoxPredictor, RoiPooler
+from detkit.models.heads.box import BoxHead, BoxPredictor
+from detkit.models.heads.roi import RoiPooler
 from detkit.models.heads.rpn import RPN, RpnHead
 from detkit.models.necks.fpn import FPN
 
 _R50, _R101 = (3, 4, 6, 3), (3, 4, 23, 3)
 
-BACKBONES: dict[str, Callable[[str], ResNet]] = {
+BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "resnet50": lambda norm: resnet(_R50, norm),
     "resnet101": lambda norm: resnet(_R101, norm),
     "resnet50-msra": lambda norm: resnet(_R50, norm, stride_in_1x1=True),
@@ -34,10 +34,10 @@ BACKBONES: dict[str, Callable[[str], ResNet]] = {
 """Backbone by name, from the name of its norms."""
 
 
-def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -> ResNet:
-    """A backbone with random weights; raises ConfigError with the nearest name for an unknown one."""
+def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -> Backbone:
+    """A backbone with random weights; raises ConfigError for an unknown name."""
     backbone = BACKBONES[_known("model.backbone", name, BACKBONES)](norm)
-    last = len(backbone.feature_specs) + 1
+    last = backbone.num_stages
     if frozen_stages > last:
         raise ConfigError(
             f"model.frozen_stages: must be in 0..{last} for {name}, got {frozen_stages}"
@@ -63,8 +63,6 @@ def build_detector(config: Config, num_classes: int) -> TwoStageDetector:
         ConfigError: An unknown name, or settings that do not fit together.
     """
     model = config.model
-    if model.scales != "off":
-        raise ConfigError(f"model.scales: must be 'off' for {model.detector}, got {model.scales!r}")
     build = DETECTORS[_known("model.detector", model.detector, DETECTORS)]
     return build(config, num_classes)
 
@@ -77,7 +75,8 @@ def frcnn_fpn(config: Config, num_classes: int) -> TwoStageDetector:
     specs = neck.feature_specs
     if len(config.anchors.sizes) != len(specs):
         raise ConfigError(
-            f"anchors.sizes: must be one side for each of {', '.join(specs)}, got {list(config.anchors.sizes)}"
+            f"anchors.sizes: must be one side for each of {', '.join(specs)}, "
+            f"got {list(config.anchors.sizes)}"
         )
     grid = AnchorGrid(
         [s.stride for s in specs.values()],
@@ -103,7 +102,7 @@ DETECTORS: dict[str, Callable[[Config, int], TwoStageDetector]] = {"frcnn-fpn": 
 """Detector by name, from the configuration and the number of classes."""
 
 
-def _known(key: str, name: str, table: dict) -> str:
+def _known(key: str, name: str, table: Mapping[str, object]) -> str:
     if name not in table:
         raise ConfigError(
             f"{key}: must be one of {', '.join(table)}, got {name!r}{suggest(name, table)}"

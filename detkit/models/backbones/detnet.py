@@ -1,4 +1,4 @@
-"""DetNet (Li et al., 2018): two dilated stages that hold stride 16, so that deep features keep their resolution."""
+"""DetNet (arXiv 1804.06215): two dilated stages that hold stride 16 where ResNet goes to 32."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def detnet(
 ) -> ResNet:
     """DetNet of five bottleneck stages; stages 2 to 4 are ResNet's, weights included.
 
-    Stages 5 and 6 keep 256-wide bottlenecks, 1024 channels, stride 16 and dilation 2. Both open with a convolved
-    shortcut although shapes agree (block B of the paper).
+    Stages 5 and 6 keep 256-wide bottlenecks, 1024 channels, stride 16 and dilation 2. Both open
+    with a convolved shortcut although shapes agree (block B of the paper).
 
     Args:
         blocks: Blocks per stage, (3, 4, 6, 3, 3) for DetNet-59.
@@ -32,7 +32,7 @@ def detnet(
 
 
 def detnet_tiny(norm: str = "bn") -> ResNet:
-    """Small DetNet for training on CPUs: basic blocks, 32 to 128 channels, stages 5 and 6 at stride 16."""
+    """Small DetNet for CPUs: basic blocks, 32 to 128 channels, stages 5 and 6 at stride 16."""
     stages = [Stage(2, 32 << i, 32 << i, 1 if i == 0 else 2) for i in range(3)]
     stages += [Stage(1, 128, 128, 1, dilation=2, project=True) for _ in range(2)]
     return ResNet(stages, stem=32, block=BasicBlock, norm=norm, zero_init=True)

@@ -1,6 +1,6 @@
-"""Residual networks described by a table of stages: ResNet-50/101, the dilated one, and small ones for CPUs.
+"""Residual networks from a table of stages: ResNet-50/101, the dilated one, a small one for CPUs.
 
-Module and state-dict names are torchvision's (``conv1, bn1, layer1 ... layer4``), so its weights load as they are.
+Module and state-dict names are torchvision's (``conv1, bn1, layer1 ... layer4``): its weights fit.
 Stages carry the papers' numbers: 1 the stem, 2 conv2_x = ``layer1``, and so on.
 """
 
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from detkit.models.backbones.base import Backbone
 from detkit.models.norm import Norm, norm_named
 from detkit.types import FeatureSpec
 
@@ -76,23 +78,20 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(cin, cout, stride, norm) if project else None
         self.relu = nn.ReLU(inplace=True)
 
-    @property
-    def last_norm(self) -> nn.Module:
-        """The norm before the addition."""
-        return self.bn3
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        return self.relu(self.bn3(self.conv3(out)).add_(shortcut))
+        out = self.bn3(self.conv3(out)).add_(shortcut)
+        return F.relu_(out)
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with norms; dense 3x3 convolutions are what CPUs do best.
 
-    Args as for :class:`Bottleneck`; ``width`` must equal ``cout`` and ``stride_in_1x1`` has nothing to choose.
+    Arguments as for :class:`Bottleneck`; ``width`` must equal ``cout``, and there is no 1x1 for
+    ``stride_in_1x1`` to move the stride to.
     """
 
     def __init__(
@@ -116,23 +115,19 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(cin, cout, stride, norm) if project else None
         self.relu = nn.ReLU(inplace=True)
 
-    @property
-    def last_norm(self) -> nn.Module:
-        """The norm before the addition."""
-        return self.bn2
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(out)).add_(shortcut))
+        out = self.bn2(self.conv2(out)).add_(shortcut)
+        return F.relu_(out)
 
 
 def _shortcut(cin: int, cout: int, stride: int, norm: Norm) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """Stem of stride 4, then residual stages; gives ``{"c2": ..., "c3": ...}``, one map per stage.
 
     Args:
@@ -141,11 +136,7 @@ class ResNet(nn.Module):
         block: Bottleneck or BasicBlock.
         norm: Name of the norms.
         stride_in_1x1: Where bottlenecks put their stride.
-        zero_init: Start every block as its shortcut (last norm's scale 0), which helps training from scratch.
-
-    Attributes:
-        feature_specs: Channels and stride of each map.
-        frozen_stages: Stages fixed by :meth:`freeze`.
+        zero_init: Start every block as its shortcut (last norm's scale 0): easier from scratch.
     """
 
     def __init__(
@@ -164,8 +155,6 @@ class ResNet(nn.Module):
         self.bn1 = make_norm(stem)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        self.feature_specs: dict[str, FeatureSpec] = {}
-        self.frozen_stages = 0
         channels, stride = stem, 4
         for number, stage in enumerate(stages, 1):
             layers = []
@@ -196,31 +185,12 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for module in self.modules():
             if zero_init and isinstance(module, Bottleneck | BasicBlock):
-                nn.init.zeros_(module.last_norm.weight)
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                nn.init.zeros_(last.get_parameter("weight"))
 
     def stage(self, number: int) -> list[nn.Module]:
-        """Modules of a stage by the papers' number: 1 the stem, 2 conv2_x, ..."""
+        """Modules of a stage."""
         return [self.conv1, self.bn1] if number == 1 else [self.get_submodule(f"layer{number - 1}")]
-
-    def freeze(self, stages: int) -> ResNet:
-        """Fix weights and norm statistics of the first ``stages`` stages for good; returns self."""
-        if not 0 <= stages <= len(self.feature_specs) + 1:
-            raise ValueError(
-                f"freeze: stages must be in 0..{len(self.feature_specs) + 1}, got {stages}"
-            )
-        self.frozen_stages = stages
-        for number in range(1, stages + 1):
-            for module in self.stage(number):
-                module.requires_grad_(False)
-        return self.train(self.training)
-
-    def train(self, mode: bool = True) -> ResNet:
-        """Switch mode; frozen stages stay in evaluation mode, or their norms would drift."""
-        super().train(mode)
-        for number in range(1, self.frozen_stages + 1):
-            for module in self.stage(number):
-                module.eval()
-        return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of ``images`` (N, 3, H, W), named and shaped as ``feature_specs`` says."""

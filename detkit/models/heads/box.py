@@ -1,4 +1,4 @@
-"""Box head of Fast R-CNN on a pyramid: RoIAlign, two fully connected layers, classes and boxes."""
+"""Box head of Fast R-CNN: two fully connected layers, classes and boxes of pooled RoIs."""
 
 from __future__ import annotations
 
@@ -9,63 +9,31 @@ from torch import Tensor, nn
 
 from detkit.config import BoxConfig
 from detkit.models import losses, targets
+from detkit.models.heads.roi import RoiHead, RoiPooler, to_rois
 from detkit.models.norm import norm_named
 from detkit.ops import batched_nms
 from detkit.ops import boxes as box_ops
-from detkit.ops.roi_align import roi_align
-from detkit.types import Detections, FeatureSpec, Target
-
-
-class RoiPooler(nn.Module):
-    """RoIAlign that picks each box's level by its size alone, so levels may share a stride.
-
-    Level k = floor(4 + log2(side / canonical_size)), side = sqrt(w * h), limited to the levels given.
-
-    Args:
-        specs: Feature maps ``p2``, ``p3``, ... by name, finest first.
-        max_level: Coarsest level used.
-        config: Resolution, sampling and canonical size.
-    """
-
-    def __init__(self, specs: Mapping[str, FeatureSpec], max_level: int, config: BoxConfig) -> None:
-        super().__init__()
-        self.levels = {int(name[1:]): name for name in specs if int(name[1:]) <= max_level}
-        self.scales = [1.0 / specs[name].stride for name in self.levels.values()]
-        self.config = config
-
-    def assign(self, boxes: Tensor) -> Tensor:
-        """Level number (R,) of each box (R, 4)."""
-        side = box_ops.area(boxes).clamp(min=0).sqrt()
-        # The small addend keeps a side of exactly canonical_size / 2 on its level when the logarithm rounds down.
-        level = torch.floor(4 + torch.log2(side / self.config.canonical_size) + 1e-6)
-        return level.clamp(min(self.levels), max(self.levels)).to(torch.int64)
-
-    def forward(self, features: Mapping[str, Tensor], rois: Tensor) -> Tensor:
-        """Pooled features (R, C, resolution, resolution) of rois (R, 5): image index, xyxy."""
-        level = self.assign(rois[:, 1:])
-        where = [(level == number).nonzero().flatten() for number in self.levels]
-        parts = [
-            roi_align(
-                features[name],
-                rois[index],
-                self.config.resolution,
-                spatial_scale=scale,
-                sampling_ratio=self.config.sampling_ratio,
-                aligned=self.config.aligned,
-            )
-            for name, index, scale in zip(self.levels.values(), where, self.scales, strict=True)
-        ]
-        return torch.cat(parts)[torch.cat(where).argsort()]
+from detkit.types import Detections, Target
 
 
 class BoxPredictor(nn.Module):
-    """Two fully connected layers of ``channels``, then K + 1 class logits and the deltas of one or K boxes."""
+    """Two fully connected layers, then class logits and box deltas.
+
+    Args:
+        cin: Numbers per RoI.
+        channels: Width of the two layers.
+        num_classes: Classes without background.
+        class_agnostic: One box per RoI and not one per class.
+        norm: Name of the norm after each of the two.
+    """
 
     def __init__(
         self, cin: int, channels: int, num_classes: int, class_agnostic: bool, norm: str = "none"
     ) -> None:
         super().__init__()
         make_norm = norm_named(norm)
+        # layers shaped by the classes: rows before the first class, rows per class
+        self.class_rows = {"classes": (1, 1)} | ({} if class_agnostic else {"boxes": (0, 4)})
         self.fc1 = nn.Linear(cin, channels)
         self.norm1 = make_norm(channels)
         self.fc2 = nn.Linear(channels, channels)
@@ -80,14 +48,14 @@ class BoxPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (R, K + 1), background first, and deltas (R, 1 or K, 4) of pooled features (R, C, h, w)."""
+        """Logits (R, K + 1), background first, and deltas (R, 1 or K, 4) of (R, C, h, w)."""
         x = pooled.flatten(1)
         for layer, norm in ((self.fc1, self.norm1), (self.fc2, self.norm2)):
             x = torch.relu(norm(layer(x)[..., None, None]).flatten(1))
         return self.classes(x), self.boxes(x).unflatten(1, (-1, 4))
 
 
-class BoxHead(nn.Module):
+class BoxHead(RoiHead):
     """Classes and boxes of proposals: their losses, and the final detections.
 
     Args:
@@ -96,7 +64,7 @@ class BoxHead(nn.Module):
         config: Sampling, loss and detection settings.
     """
 
-    def __init__(self, pooler: nn.Module, predictor: nn.Module, config: BoxConfig) -> None:
+    def __init__(self, pooler: RoiPooler, predictor: nn.Module, config: BoxConfig) -> None:
         super().__init__()
         self.pooler = pooler
         self.predictor = predictor
@@ -106,7 +74,8 @@ class BoxHead(nn.Module):
         self, features: Mapping[str, Tensor], boxes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Logits and deltas of the boxes (R_i, 4) of each image, one image after the other."""
-        return self.predictor(self.pooler(features, to_rois(boxes)))
+        logits, deltas = self.predictor(self.pooler(features, to_rois(boxes)))
+        return logits, deltas
 
     def losses(
         self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], truth: Sequence[Target]
@@ -133,7 +102,7 @@ class BoxHead(nn.Module):
         }
 
     def _sample(self, proposals: Tensor, truth: Target) -> tuple[Tensor, Tensor, Tensor]:
-        """Drawn boxes (S, 4), positives first, their labels (S,), and the positives' regression targets (P, 4)."""
+        """Drawn boxes (S, 4), positives first, their labels (S,), the positives' targets (P, 4)."""
         config = self.config
         boxes = torch.cat([proposals, truth.boxes[~truth.iscrowd]])
         matches = targets.match(boxes, truth, config.fg_iou, config.fg_iou)
@@ -172,8 +141,6 @@ class BoxHead(nn.Module):
         each = [kept[image[kept] == i][: config.max_detections] for i in range(len(proposals))]
         return [Detections(boxes=boxes[i], labels=label[i] + 1, scores=score[i]) for i in each]
 
-
-def to_rois(boxes: Sequence[Tensor]) -> Tensor:
-    """(R, 5) image index and xyxy of the boxes (R_i, 4) of each image."""
-    rows = [torch.cat([torch.full_like(b[:, :1], i), b], 1) for i, b in enumerate(boxes)]
-    return torch.cat(rows)
+    def run_layers(self, features: Mapping[str, Tensor], count: int) -> None:
+        """Run the predictor once for ``count`` RoIs, to count its cost."""
+        self.predictor(self.pooler.blank(features, count))

@@ -1,4 +1,4 @@
-"""Region proposal network: scores and shifts anchors, learns from matched ones, proposes the best (Ren et al., 2015)."""
+"""Region proposal network (Ren et al., 2015): scores and shifts anchors, proposes the best."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RpnOutput:
 
 
 class RpnHead(nn.Module):
-    """3x3 convolution, then objectness and four deltas per anchor; the same weights on every level."""
+    """3x3 convolution, then objectness and four deltas per anchor; one head for all levels."""
 
     def __init__(self, cin: int, channels: int, anchors: int) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class RpnHead(nn.Module):
         self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, H * W * A) and deltas (N, H * W * A, 4) of a map (N, cin, H, W), in the anchors' order."""
+        """Logits (N, H * W * A) and deltas (N, H * W * A, 4) of a map (N, cin, H, W)."""
         x = torch.relu(self.conv(x))
         logits = self.objectness(x).permute(0, 2, 3, 1).flatten(1)
         deltas = self.deltas(x).permute(0, 2, 3, 1)
@@ -156,7 +156,7 @@ class RPN(nn.Module):
         return [boxes[kept[image[kept] == i][:after_nms]] for i in range(n)]
 
     def _best(self, logits: Tensor, counts: list[int], limit: int) -> tuple[Tensor, Tensor]:
-        """Anchor indices (N, K) of the best scores of each level or of all, and the level (K,) NMS keeps apart."""
+        """Anchors (N, K) with the best scores of each level, or of all, and their pool (K,)."""
         if self.config.joint:
             picked = logits.topk(min(limit, logits.shape[1]), dim=1).indices
             return picked, torch.zeros_like(picked[0])

@@ -1,4 +1,4 @@
-"""Feature pyramid over declared strides; levels of equal stride are summed without resizing (DetNet)."""
+"""Feature pyramid over declared strides; levels of equal stride are summed unresized (DetNet)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from detkit.types import FeatureSpec
 
 
 class ConvNorm(nn.Module):
-    """Convolution with "same" padding and an optional norm, no activation; the bias goes where a norm is."""
+    """Convolution with "same" padding, then a norm, or a bias where ``norm`` is the identity."""
 
     def __init__(self, cin: int, cout: int, kernel: int, norm: Norm) -> None:
         super().__init__()
         self.norm = norm(cout)
-        plain = isinstance(self.norm, nn.Identity)
-        self.conv = nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=plain)
+        self.conv = nn.Conv2d(
+            cin, cout, kernel, padding=kernel // 2, bias=isinstance(self.norm, nn.Identity)
+        )
         nn.init.kaiming_uniform_(self.conv.weight, a=1)
-        if plain:
+        if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, H, W)."""
-        return self.norm(self.conv(x))
+        out: Tensor = self.norm(self.conv(x))
+        return out
 
 
 class FPN(nn.Module):
-    """Laterals 1x1, top-down sums, outputs 3x3: ``{"c2": ...}`` to ``{"p2": ...}`` (Lin et al., 2017).
+    """Laterals 1x1, top-down sums, outputs 3x3: ``{"c2": ...}`` to ``{"p2": ...}``.
 
-    Without a ``c6`` of the backbone, ``p6`` is every second cell of ``p5``.
+    Where the backbone has no ``c6``, one level more is added: every second cell of the last one,
+    ``p6`` of ``p5`` (Lin et al., 2017).
 
     Args:
-        specs: Maps of the backbone by name, finest first; each stride equals the one before or doubles it.
+        specs: Maps of the backbone, finest first; a stride equals the one before or doubles it.
         channels: Channels of every level.
         norm: Name of the norm after each convolution, ``none`` for a bias.
 
@@ -66,16 +69,17 @@ class FPN(nn.Module):
         self.feature_specs = {
             p: FeatureSpec(channels, specs[c].stride) for c, p in self.names.items()
         }
-        self.subsample_p5 = "c6" not in specs
-        if self.subsample_p5:
-            self.feature_specs["p6"] = FeatureSpec(channels, 2 * strides[-1])
+        self.extra = ""
+        if "c6" not in specs:
+            self.extra = f"p{int(list(specs)[-1][1:]) + 1}"
+            self.feature_specs[self.extra] = FeatureSpec(channels, 2 * strides[-1])
 
     def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Levels (N, channels, H / stride, W / stride), finest first."""
         merged = self.merge(maps)
         levels = {p: self.output[p](merged[p]) for p in self.names.values()}
-        if self.subsample_p5:
-            levels["p6"] = F.max_pool2d(levels["p5"], 1, 2)
+        if self.extra:
+            levels[self.extra] = F.max_pool2d(levels[next(reversed(levels))], 1, 2)
         return levels
 
     def merge(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:

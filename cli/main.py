@@ -1,0 +1,121 @@
+"""The `detkit` command: a group that imports a command's file only when that command runs."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from detkit import __version__
+from detkit.config import suggest
+from detkit.errors import DetkitError, StorageError
+
+COMMANDS = {
+    "pretrain": "Train a backbone as a classifier.",
+    "finetune": "Train a detector.",
+    "eval": "Score a detector, or a file of detections, by COCO or VOC metrics.",
+    "models": "List backbones, detectors and recipes with parameters and MACs.",
+    "data": "Check and make data sets.",
+    "doctor": "Show what is installed and which operator runs where, and why.",
+    "demo": "Pre-train, fine-tune and evaluate on synthetic data, in minutes.",
+}
+_FILES = {"eval": "evaluate"}
+_MEMORY_HINT = "try a smaller --batch-size or data.short_side, or more train.accumulate"
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in files of their own; the help text needs none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the help text."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, its file imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"detkit.cli.{_FILES.get(cmd_name, cmd_name)}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Click's resolution, with the nearest name for an unknown one."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = suggest(args[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"unknown command {args[0]!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One line per command, from the table above."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="detkit")
+def cli() -> None:
+    r"""Design, train, slim, search and deploy convolutional object detectors.
+
+    \b
+    Examples:
+      detkit demo                                  all of it, small, in minutes
+      detkit finetune --data my_set --minutes 30   train on your own data
+      detkit eval --data my_set                    score the newest run
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 ok, 1 our bug, 2 usage or data, 3 checkpoint, and so on."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; every failure becomes one sentence and an exit code."""
+    try:
+        result = cli.main(args=arguments, prog_name="detkit", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130, arguments)
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        path = context.command_path if context else "detkit"
+        return _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`", 2, arguments)
+    except DetkitError as error:
+        return _fail(str(error), error.exit_code, arguments)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (`| head`) has what it wants
+        return 0
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; free some space and run again" if full else ""
+        return _fail(f"input/output: {error}{advice}", StorageError.exit_code, arguments)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: our bug, told as one
+        return _unexpected(error, arguments)
+    return result if isinstance(result, int) else 0
+
+
+def _unexpected(error: Exception, arguments: list[str]) -> int:
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"OutOfMemoryError", "MemoryError"} or "can't allocate memory" in str(error):
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return _fail(f"out of memory: {first_line}; {_MEMORY_HINT}", 2, arguments)
+    what = f"internal error: {type(error).__name__}: {error}"
+    return _fail(f"{what}; run again with --debug and report the traceback", 1, arguments)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> int:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    if "--json" in arguments:
+        click.echo(json.dumps({"error": message, "exit_code": code}))
+    else:
+        click.echo(f"Error: {message}", err=True)
+    return code

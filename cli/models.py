@@ -1,0 +1,72 @@
+"""`detkit models`: every backbone, detector and recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from detkit.cli.options import Common, common_options, emit
+from detkit.errors import ConfigError
+
+
+@click.command("models")
+@click.option(
+    "--size", metavar="HxW", help="Count whole detectors on an image of this size, e.g. 800x1344."
+)
+@common_options("--backbone", "--detector")
+def command(common: Common, size: str | None) -> None:
+    r"""List backbones, detectors and recipes with parameters and MACs.
+
+    Backbones are counted as classifiers of 1000 classes at 224x224; --size adds whole detectors
+    (80 classes) on every
+    backbone, or on --backbone alone. One multiply-add is one MAC; convolutions and linear layers
+    count.
+
+    \b
+    Examples:
+      detkit models
+      detkit models --size 800x1344 --backbone detnet59
+      detkit models --json
+    """
+    from detkit import api
+
+    wanted = common.flags.get("model", {})
+    table = api.model_table(_size(size), wanted.get("backbone"), wanted.get("detector"))
+    emit(common, table, lambda: _show(table, size))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or "0" in match.groups():
+        raise ConfigError(
+            f"--size: must read HEIGHTxWIDTH in pixels, got {text!r}; for example 800x1344"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _show(table: dict[str, Any], size: str | None) -> None:
+    from detkit.cli.tables import print_table, rows_table
+
+    rows = [
+        [b["name"], b["params"], b["macs_224"], ", ".join(map(_stage, b["stages"]))]
+        for b in table["backbones"]
+    ]
+    columns = ["name", "params", "MACs at 224", "stages (channels/stride)"]
+    print_table(rows_table("backbones", columns, rows))
+    if size:
+        rows = [[d["name"], d["backbone"], d["params"], d["macs"]] for d in table["detectors"]]
+        print_table(
+            rows_table("detectors", ["name", "backbone", "params", f"MACs at {size}"], rows)
+        )
+    else:
+        print_table(rows_table("detectors", ["name"], [[d["name"]] for d in table["detectors"]]))
+    rows = [[r["name"], r["summary"]] for r in table["recipes"]]
+    print_table(rows_table("recipes", ["name", "summary"], rows))
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    return f"{stage['name']} {stage['channels']}/{stage['stride']}"

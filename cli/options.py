@@ -1,0 +1,162 @@
+"""Options that every command has, the config they resolve to, and output as a table or as JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from detkit import config as configs
+
+Command = Callable[..., Any]
+Tables = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options every command shares."""
+
+    json: bool = False
+    seed: int | None = None
+    device: str = "auto"
+    out: Path | None = None
+    overrides: tuple[str, ...] = ()
+    config_file: Path | None = None
+    recipe: str | None = None
+    dry_run: bool = False
+    debug: bool = False
+    flags: Tables = field(default_factory=dict)
+
+    def layers(self, default_recipe: str | None = None) -> list[Mapping[str, Any]]:
+        """Recipe, file, flags, ``--set`` and ``--seed``, in the order they apply."""
+        recipe = self.recipe or default_recipe
+        layers: list[Mapping[str, Any]] = []
+        if recipe:
+            layers.append(configs.read_toml(configs.recipe_path(recipe)))
+        if self.config_file:
+            layers.append(configs.read_toml(self.config_file))
+        layers.append(self.flags)
+        layers += [configs.parse_override(text) for text in self.overrides]
+        if self.seed is not None:
+            layers.append({"train": {"seed": self.seed}})
+        return layers
+
+    def names_a_model(self) -> bool:
+        """Whether flags, files or ``--set`` choose the architecture."""
+        return any(
+            {"detector", "backbone"} & set(layer.get("model", {})) for layer in self.layers()
+        )
+
+
+_COMMON = (
+    click.option(
+        "--json", "as_json", is_flag=True, help="One JSON object on stdout, logs on stderr."
+    ),
+    click.option("--seed", type=int, help="Seed of weights, order and augmentation."),
+    click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>."
+    ),
+    click.option("--out", type=click.Path(path_type=Path), help="Folder for the results."),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."
+    ),
+    click.option(
+        "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of settings."
+    ),
+    click.option("--recipe", help="Settings that detkit ships; `detkit models` lists them."),
+    click.option("--dry-run", is_flag=True, help="Show what would run and stop."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+# flag -> (config table, key, click's arguments): the only flags beside --set that write settings
+_SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "--detector": ("model", "detector", {"help": "Detector; `detkit models` lists them."}),
+    "--backbone": ("model", "backbone", {"help": "Backbone; `detkit models` lists them."}),
+    "--data": ("data", "path", {"help": "Data set in any layout detkit reads, or `synthetic`."}),
+    "--split": ("data", "split", {"help": "Split to train on."}),
+    "--images": (
+        "data",
+        "images",
+        {"help": "Image folder, where an annotation file stands alone."},
+    ),
+    "--on-bad-image": ("data", "on_bad_image", {"help": "skip or fail."}),
+    "--workers": ("data", "workers", {"type": int, "help": "Loader processes."}),
+    "--steps": ("train", "steps", {"type": int, "help": "Length in optimiser steps."}),
+    "--epochs": ("train", "epochs", {"type": float, "help": "Length in passes over the split."}),
+    "--minutes": ("train", "minutes", {"type": float, "help": "Length in wall minutes."}),
+    "--batch-size": (
+        "train",
+        "batch_size",
+        {"type": int, "help": "Images per step, over all processes."},
+    ),
+}
+
+
+def common_options(*flags: str) -> Callable[[Command], Command]:
+    """Add the shared options and the named setting flags; the command gets all as ``common``."""
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def wrapper(**values: Any) -> Any:
+            common = _collect(flags, values)
+            configure_logging(common)
+            return function(common=common, **values)
+
+        decorated: Command = wrapper
+        for option in reversed(_COMMON):
+            decorated = option(decorated)
+        for flag in reversed(flags):
+            decorated = click.option(flag, default=None, **_SETTINGS[flag][2])(decorated)
+        return decorated
+
+    return decorate
+
+
+def _collect(flags: tuple[str, ...], values: dict[str, Any]) -> Common:
+    tables: Tables = {}
+    for flag in flags:
+        value = values.pop(flag[2:].replace("-", "_"))
+        if value is not None:
+            table, key, _ = _SETTINGS[flag]
+            tables.setdefault(table, {})[key] = value
+    shared = ("seed", "device", "out", "overrides", "config_file", "recipe", "dry_run", "debug")
+    return Common(json=values.pop("as_json"), flags=tables, **{k: values.pop(k) for k in shared})
+
+
+def configure_logging(common: Common) -> None:
+    """Messages of detkit on stderr; only the first process of a group speaks."""
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    form = "%(levelname)s %(name)s: %(message)s" if common.debug else "%(message)s"
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, force=True)
+    logging.getLogger("detkit").setLevel(logging.INFO if speaks else logging.ERROR)
+    logging.captureWarnings(True)
+
+
+def emit(common: Common, result: Any, show: Callable[[], None]) -> None:
+    """Print ``result`` as one JSON object, or call ``show`` to draw it for a person."""
+    if common.json:
+        click.echo(json.dumps(result))
+    else:
+        show()
+
+
+def show_plan(common: Common, config: configs.Config, plan: dict[str, Any]) -> None:
+    """What ``--dry-run`` prints: the plan and the resolved config."""
+    import tomli_w
+
+    plain = configs.to_plain(config)
+
+    def show() -> None:
+        for key, value in plan.items():
+            click.echo(f"# {key}: {value}")
+        click.echo(tomli_w.dumps(plain), nl=False)
+
+    emit(common, {"dry_run": True, **plan, "config": plain}, show)

@@ -1,0 +1,37 @@
+"""`detkit pretrain`: train a backbone as a classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from detkit.cli.options import Common, common_options
+from detkit.cli.training import run_training, training_options
+
+DEFAULT_RECIPE = "tiny/pretrain"
+
+
+@click.command("pretrain")
+@training_options
+@common_options(
+    "--backbone",
+    "--data",
+    "--split",
+    "--on-bad-image",
+    "--workers",
+    "--steps",
+    "--epochs",
+    "--minutes",
+    "--batch-size",
+)
+def command(common: Common, **options: Any) -> int:
+    r"""Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).
+
+    \b
+    Examples:
+      detkit pretrain                                  synthetic shapes, tiny recipe
+      detkit pretrain --data digits --recipe tiny/pretrain
+      detkit pretrain --data digits --backbone detnet59-tiny --epochs 30 --json
+    """
+    return run_training("pretrain", common, DEFAULT_RECIPE, **options)

@@ -1,0 +1,104 @@
+"""What `pretrain` and `finetune` share: options, resume, many processes, progress, results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from detkit import config as configs
+from detkit.cli.options import Common, emit, show_plan
+from detkit.errors import ConfigError
+
+
+def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of both training commands beside the shared ones."""
+    function = click.option(
+        "--resume",
+        metavar="auto|RUN",
+        help="Continue a run: `auto` takes --out, else the newest run with these settings, if any.",
+    )(function)
+    return click.option(
+        "--gpus", type=click.IntRange(1), help="Processes to train on, one per GPU."
+    )(function)
+
+
+def run_training(
+    kind: str,
+    common: Common,
+    default_recipe: str,
+    *,
+    resume: str | None,
+    gpus: int | None,
+    init_from: str | None = None,
+    allow_partial: bool = False,
+) -> int:
+    """Resolve the settings, train, and show where the results are; returns the exit code."""
+    from detkit import api  # loads torch, which --help must not
+
+    chosen = common.recipe or common.config_file or init_from
+    recipe = None if chosen or common.names_a_model() else default_recipe
+    if recipe:
+        click.echo(f"using recipe {recipe}", err=True)
+    plain_start = not (chosen or common.flags.get("data"))
+    if kind == "finetune" and plain_start:
+        init_from = api.newest_checkpoint("pretrain", required=False)
+        note = (
+            f"starting from {init_from}"
+            if init_from
+            else "no pretrain run found: starting from scratch"
+        )
+        click.echo(note, err=True)
+    config = api.with_length(api.resolve_config(common.layers(recipe), init_from=init_from))
+    _check_data(config, common)
+    if common.dry_run:
+        show_plan(common, config, api.training_plan(kind, config))
+        return 0
+    if gpus and gpus > 1 and "LOCAL_RANK" not in os.environ:
+        return api.launch_processes(gpus)
+    result = _train(kind, common, config, resume, init_from, allow_partial)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one reports
+        emit(common, result, lambda: _show(result))
+    return 0
+
+
+def _check_data(config: configs.Config, common: Common) -> None:
+    if config.data.path == "synthetic" and not common.flags.get("data"):
+        click.echo("training on the built-in synthetic shapes; --data takes your own set", err=True)
+    elif config.data.path != "synthetic" and not Path(config.data.path).exists():
+        raise ConfigError(f"--data: must exist, got {config.data.path!r}")
+
+
+def _train(
+    kind: str,
+    common: Common,
+    config: configs.Config,
+    resume: str | None,
+    init_from: str | None,
+    allow_partial: bool,
+) -> dict[str, Any]:
+    from detkit import api
+    from detkit.cli.progress import TrainProgress
+
+    with TrainProgress(kind) as progress:
+        return api.train(
+            kind,
+            config,
+            out=common.out,
+            device=common.device,
+            resume=resume,
+            init_from=init_from,
+            allow_partial=allow_partial,
+            on_step=progress,
+        )
+
+
+def _show(result: dict[str, Any]) -> None:
+    from detkit.cli.tables import metrics_table, print_table
+
+    print_table(metrics_table("held-out metrics", result["metrics"]))
+    click.echo(f"run        {result['run']}")
+    click.echo(f"checkpoint {result['checkpoint']}")

@@ -1,0 +1,569 @@
+"""What the commands call and Python users import: build, load, train, evaluate.
+
+This is the only module that puts data, models and engine together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from detkit import config as configs
+from detkit.config import Config
+from detkit.data import (
+    eval_batches,
+    open_classification,
+    open_detection,
+    steps_per_epoch,
+    train_batches,
+)
+from detkit.engine import checkpoint as checkpoints
+from detkit.engine import distributed
+from detkit.engine.classification import top1
+from detkit.engine.evaluate import detect_dataset
+from detkit.engine.evaluate import evaluate as score
+from detkit.engine.results import read_results
+from detkit.engine.run import RunFolder, create_run, newest_run, same_run
+from detkit.engine.train import StepInfo, fit
+from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
+from detkit.models import build_classifier, build_detector
+from detkit.models.count import count_classifier, count_detector
+from detkit.models.weights import init_backbone, init_detector
+from detkit.models.zoo import BACKBONES, DETECTORS, build_backbone
+from detkit.report.figures import draw_predictions, grid
+from detkit.types import CategoryMap
+
+log = logging.getLogger("detkit")
+DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
+VOC_METRICS = ("voc07", "voc12")
+COCO_CLASSES = 80
+_KINDS = {"pretrain": "backbone", "finetune": "detector"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model rebuilt from one checkpoint file, in eval mode, with what it was built from."""
+
+    model: nn.Module
+    config: Config
+    categories: CategoryMap
+    kind: str
+
+
+def build(config: Config, categories: CategoryMap | int, kind: str = "detector") -> nn.Module:
+    """A freshly initialised detector, or classifier for ``kind="backbone"``.
+
+    Args:
+        config: the resolved settings.
+        categories: the category map, or the number of classes K.
+        kind: ``detector`` or ``backbone``.
+    """
+    count = categories if isinstance(categories, int) else len(categories)
+    return (build_classifier if kind == "backbone" else build_detector)(config, count)
+
+
+def load(path: str | Path, device: str = "cpu") -> Loaded:
+    """Rebuild the model of a checkpoint with its deployed weights (EMA where there is one).
+
+    Raises:
+        CheckpointError: the file is no detkit checkpoint, or its weights do not fit its own config.
+    """
+    stored = checkpoints.load(path)
+    config = configs.from_plain(stored["config"])
+    categories = CategoryMap.from_plain(stored["categories"])
+    model = build(config, categories, stored["kind"])
+    checkpoints.load_weights(model, checkpoints.deployed(stored), str(path))
+    return Loaded(model.to(pick_device(device)).eval(), config, categories, stored["kind"])
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is the process's own GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: an unknown name, or a GPU that is not there.
+    """
+    if name == "auto":
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, index_text = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index_text.isdecimal() or name == kind):
+        raise ConfigError(f"--device: must be auto, cpu, cuda or cuda:<index>, got {name!r}")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index_text or 0) >= count:
+        raise ConfigError(
+            f"--device: {name} must be a GPU torch can use, got {count}; see `detkit doctor`"
+        )
+    return torch.device(name)
+
+
+# -- settings
+
+
+def resolve_config(
+    layers: Iterable[Mapping[str, Any]], init_from: str | Path | None = None
+) -> Config:
+    """Apply the layers in order; where they name no architecture, take it from ``init_from``.
+
+    Raises:
+        CheckpointError: the layers name another architecture than the checkpoint has.
+    """
+    layers = list(layers)
+    if init_from is None:
+        return configs.resolve(layers)
+    stored = checkpoints.load(init_from)
+    shape_tables = (
+        ("model",) if stored["kind"] == "backbone" else ("model", "anchors", "rpn", "box")
+    )
+    base = {table: dict(stored["config"][table]) for table in shape_tables}
+    if stored["kind"] == "backbone":
+        base["model"] = {key: base["model"][key] for key in ("backbone", "norm")}
+    config = configs.resolve([base, *layers])
+    for key, ours in base["model"].items():
+        got = getattr(config.model, key)
+        if key in ("backbone", "detector") and got != ours:
+            raise CheckpointError(
+                f"{init_from}: model.{key} must agree with the checkpoint's {ours!r}, got {got!r}"
+            )
+    return config
+
+
+def newest_checkpoint(command: str, *, required: bool = True) -> str | None:
+    """``best.pth``, else ``last.pth``, of the newest run under ``runs/<command>``.
+
+    Raises:
+        ConfigError: there is none and ``required``.
+    """
+    run = newest_run(command)
+    if run is not None:
+        return str(run.checkpoint())
+    if required:
+        raise ConfigError(
+            f"checkpoint: one must be given where runs/{command} holds none, got neither; "
+            f"run `detkit {command}` first"
+        )
+    return None
+
+
+def training_plan(command: str, config: Config) -> dict[str, Any]:
+    """What ``--dry-run`` tells: data set and model sizes, without training a step."""
+    train_set = _open(command, config, config.data.split)
+    val_set = _open(command, config, config.data.val_split)
+    with torch.device("meta"):
+        model = build(config, train_set.categories, _KINDS[command])
+    return {
+        "command": command,
+        "params": sum(p.numel() for p in model.parameters()),
+        "categories": list(train_set.categories.names),
+        "train_images": len(train_set),
+        "val_images": len(val_set),
+        "steps_per_epoch": steps_per_epoch(train_set, config),
+    }
+
+
+def with_length(config: Config) -> Config:
+    """``config`` with the default length where it gives none."""
+    length = config.train
+    if length.steps or length.epochs or length.minutes:
+        return config
+    log.info("no --steps, --epochs or --minutes given: training for %g epochs", DEFAULT_EPOCHS)
+    return replace(config, train=replace(length, epochs=DEFAULT_EPOCHS))
+
+
+# -- training
+
+
+def launch_processes(count: int) -> int:
+    """Run this very command line in ``count`` processes, one per GPU; returns their exit code."""
+    return distributed.launch(count, [sys.executable, "-m", "detkit.cli", *sys.argv[1:]])
+
+
+def train(
+    command: str,
+    config: Config,
+    *,
+    out: str | Path | None = None,
+    device: str = "auto",
+    resume: str | None = None,
+    init_from: str | Path | None = None,
+    allow_partial: bool = False,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> dict[str, Any]:
+    """Train a classifier or a detector and keep its checkpoints in a run folder.
+
+    Args:
+        command: ``pretrain`` (a backbone as a classifier) or ``finetune`` (a detector).
+        config: the resolved settings.
+        out: the run folder itself; by default a new one under ``runs/<command>``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        resume: ``auto`` (``out``, else the newest run with the same settings, else a new run) or a
+            run folder.
+        init_from: checkpoint to start from.
+        allow_partial: accept missing and left-over weights of ``init_from``.
+        on_step: called after each step on the first process.
+
+    Returns:
+        ``{"run": folder, "checkpoint": file, "metrics": {...}}``.
+
+    Raises:
+        DetkitError: see :func:`detkit.engine.train.fit`, and for unusable settings, data or
+            checkpoints.
+    """
+    config = with_length(config)
+    with distributed.process_group(pick_device(device)) as place:
+        train_set = _open(command, config, config.data.split)
+        val_set = _open(command, config, config.data.val_split)
+        _same_categories(train_set.categories, val_set.categories)
+        torch.manual_seed(config.train.seed)
+        model = build(config, train_set.categories, _KINDS[command])
+        if init_from is not None:
+            _initialise(model, init_from, train_set.categories, allow_partial)
+        run, resumed = _run_folder(command, config, out, resume)
+        share = {"rank": distributed.rank(), "world": distributed.world_size()}
+        result = fit(
+            model,
+            lambda step: train_batches(train_set, config, start_step=step, **share),
+            config,
+            steps_per_epoch=steps_per_epoch(train_set, config),
+            run=run,
+            kind=_KINDS[command],
+            categories=train_set.categories,
+            device=place,
+            evaluate=partial(_validate, command, val_set, config, place),
+            resume=resumed,
+            on_step=on_step,
+            provenance={"init_from": str(init_from)} if init_from else None,
+        )
+    return {"run": str(run.path), "checkpoint": str(result.best), "metrics": result.metrics}
+
+
+def _open(command: str, config: Config, split: str) -> Any:
+    opener = open_classification if command == "pretrain" else open_detection
+    return opener(config.data.path, split, config.data)
+
+
+def _same_categories(ours: CategoryMap, theirs: CategoryMap) -> None:
+    if ours.names != theirs.names:
+        raise DataError(
+            f"data: both splits must have the same categories, got {list(ours.names)} "
+            f"and {list(theirs.names)}"
+        )
+
+
+def _initialise(
+    model: nn.Module, source: str | Path, categories: CategoryMap, allow_partial: bool
+) -> None:
+    stored = checkpoints.load(source)
+    state, name = checkpoints.deployed(stored), str(source)
+    if stored["kind"] == "backbone":
+        report = init_backbone(model, state, name, allow_partial=allow_partial)
+    else:
+        theirs = CategoryMap.from_plain(stored["categories"])
+        report = init_detector(
+            model, state, name, theirs=theirs, ours=categories, allow_partial=allow_partial
+        )
+    log.info("%s: %s", source, report)
+
+
+def _run_folder(
+    command: str, config: Config, out: str | Path | None, resume: str | None
+) -> tuple[RunFolder, checkpoints.Checkpoint | None]:
+    """The run to write to, chosen by the first process, and the checkpoint to go on from."""
+    found: str | None = None
+    if distributed.is_main():
+        previous = _to_resume(command, config, out, resume)
+        run = previous or create_run(command, _run_name(command, config), config, out=out)
+        log.info("%s %s", "continuing" if previous else "run folder", run.path)
+        found = str(run.path)
+    run = RunFolder(Path(str(distributed.broadcast(found))))
+    return run, checkpoints.load(run.last) if resume and run.last.is_file() else None
+
+
+def _run_name(command: str, config: Config) -> str:
+    backbone = config.model.backbone
+    return backbone if command == "pretrain" else f"{backbone}-{config.model.detector}"
+
+
+def _to_resume(
+    command: str, config: Config, out: str | Path | None, resume: str | None
+) -> RunFolder | None:
+    if resume is None:
+        return None
+    if resume != "auto":
+        run = RunFolder(Path(resume).parent if Path(resume).is_file() else resume)
+        if not run.last.is_file():
+            raise CheckpointError(
+                f"--resume {resume}: must be a run folder with last.pth, got none there"
+            )
+        return run
+    if out is not None:
+        run = RunFolder(out)
+        return run if run.last.is_file() else None
+    return same_run(command, config)
+
+
+def _validate(
+    command: str, dataset: Any, config: Config, device: torch.device, model: nn.Module
+) -> dict[str, float | None]:
+    """Scalar metrics on the validation split; each process takes its share of the images."""
+    share = {"rank": distributed.rank(), "world": distributed.world_size()}
+    batches = eval_batches(dataset, config, **share)
+    if command == "pretrain":
+        parts = distributed.gather(top1(model, batches, device))
+        images = sum(part["images"] for part in parts)
+        return {"top1": sum(part["top1"] * part["images"] for part in parts) / images}
+    own = detect_dataset(model, batches, dataset.categories, device)
+    results = [row for part in distributed.gather(own) for row in part]
+    if not distributed.is_main():
+        return {}
+    metric = config.eval.metric
+    if metric in VOC_METRICS:
+        return {metric: score(dataset.truth(), results, metric=metric)[metric]["mAP"]}
+    return dict(score(dataset.truth(), results)["bbox"])
+
+
+# -- evaluation
+
+
+def evaluate(
+    checkpoint: str | Path | None = None,
+    *,
+    data: str | None = None,
+    split: str = "val",
+    detections: str | Path | None = None,
+    overrides: Iterable[Mapping[str, Any]] = (),
+    analysis: bool = False,
+    metric: str = "coco",
+    device: str = "auto",
+    save_detections: str | Path | None = None,
+    on_image: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score a detector checkpoint, or a COCO results file, on a data set.
+
+    Args:
+        checkpoint: the detector; not needed with ``detections``.
+        data: data set path; by default the one the checkpoint was trained on.
+        split: split of the data set.
+        detections: COCO results file to score; needs no model and no images.
+        overrides: layers of settings on top of the checkpoint's.
+        analysis: add AP and AR by IoU and area.
+        metric: ``coco``, ``voc07`` or ``voc12``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        save_detections: also write the detections as a COCO results file.
+        on_image: called with (images done, images in all).
+
+    Returns:
+        The dict that ``detkit eval --json`` prints.
+
+    Raises:
+        DetkitError: unusable checkpoint, data set or results file.
+    """
+    if detections is not None:
+        config = configs.resolve(overrides)
+        dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
+        truth = dataset.truth()
+        return score(truth, read_results(detections, truth), analysis=analysis, metric=metric)
+    if checkpoint is None:
+        raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")
+    loaded = load(checkpoint, device)
+    if loaded.kind == "backbone":
+        raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}")
+    config = configs.resolve(overrides, loaded.config)
+    dataset = open_detection(data or config.data.path, split, config.data)
+    results = _detect(loaded, dataset, config, on_image)
+    if save_detections is not None:
+        _write_json(save_detections, results)
+    return score(dataset.truth(), results, analysis=analysis, metric=metric)
+
+
+def _detect(
+    loaded: Loaded,
+    dataset: Any,
+    config: Config,
+    on_image: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:
+    """COCO results of a model on a data set whose categories may differ in ids and order."""
+    theirs = dataset.categories
+    shared = [name for name in loaded.categories.names if name in theirs.names]
+    if not shared:
+        raise DataError(
+            f"data: must share a category with the checkpoint's {list(loaded.categories.names)}, "
+            f"got {list(theirs.names)}"
+        )
+    unknown = [name for name in theirs.names if name not in shared]
+    if unknown:
+        log.warning("categories the model never learnt score 0: %s", ", ".join(unknown))
+    done = 0
+
+    def count(batch: Any) -> None:
+        nonlocal done
+        done += len(batch.images)
+        if on_image is not None:
+            on_image(done, len(dataset))
+
+    device = next(loaded.model.parameters()).device
+    results = detect_dataset(
+        loaded.model, eval_batches(dataset, config), loaded.categories, device, on_batch=count
+    )
+    ids = {
+        loaded.categories.category_id(k): theirs.ids[theirs.names.index(name)]
+        for k, name in enumerate(loaded.categories.names, 1)
+        if name in theirs.names
+    }
+    return [
+        row | {"category_id": ids[row["category_id"]]}
+        for row in results
+        if row["category_id"] in ids
+    ]
+
+
+def _write_json(path: str | Path, value: Any) -> None:
+    try:
+        Path(path).write_text(json.dumps(value), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
+
+
+# -- models and demo
+
+
+def model_table(
+    size: tuple[int, int] | None = None, backbone: str | None = None, detector: str | None = None
+) -> dict[str, Any]:
+    """Every backbone, detector and recipe, as ``detkit models --json`` prints them.
+
+    Args:
+        size: (height, width): also count whole detectors with 80 classes on one such image.
+        backbone: only this one.
+        detector: only this one.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    backbones = _named("--backbone", backbone, BACKBONES)
+    detectors = _named("--detector", detector, DETECTORS)
+    return {
+        "backbones": [_backbone_row(name) for name in backbones],
+        "detectors": [row for name in detectors for row in _detector_rows(name, backbones, size)],
+        "recipes": [
+            {"name": name, "summary": _recipe_summary(path), "path": str(path)}
+            for name, path in configs.recipes().items()
+        ],
+    }
+
+
+def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
+    if name is None:
+        return list(table)
+    if name not in table:
+        raise ConfigError(
+            f"{flag}: must be one of {', '.join(table)}, got {name!r}{configs.suggest(name, table)}"
+        )
+    return [name]
+
+
+def _backbone_row(name: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    cost = count_classifier(backbone)
+    stages = [
+        {"name": level, "channels": spec.channels, "stride": spec.stride}
+        for level, spec in backbone.feature_specs.items()
+    ]
+    total = cost["total"]
+    return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
+
+
+def _detector_rows(
+    name: str, backbones: Iterable[str], size: tuple[int, int] | None
+) -> list[dict[str, Any]]:
+    if size is None:
+        return [{"name": name}]
+    rows = []
+    for backbone in backbones:
+        model = configs.ModelConfig(detector=name, backbone=backbone)
+        cost = count_detector(Config(model=model), COCO_CLASSES, *size)["total"]
+        rows.append(
+            {
+                "name": name,
+                "backbone": backbone,
+                "size": list(size),
+                "params": cost.params,
+                "macs": cost.macs,
+            }
+        )
+    return rows
+
+
+def _recipe_summary(path: Path) -> str:
+    """First comment line of a recipe."""
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def demo(
+    layers: Iterable[Mapping[str, Any]] = (),
+    *,
+    out: str | Path | None = None,
+    device: str = "auto",
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> dict[str, Any]:
+    """Pre-train, fine-tune and evaluate on synthetic shapes, and draw predictions beside the truth.
+
+    Args:
+        layers: settings on top of the demo's recipes.
+        out: folder for the runs and the picture; by default a new one under ``runs/demo``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        on_step: called after each training step.
+
+    Returns:
+        ``{"pretrain", "finetune"}`` as :func:`train` gives them, ``"eval"`` as :func:`evaluate`
+        does, ``"picture"`` and
+        ``"seconds"``.
+    """
+    begun = time.monotonic()
+    layers = list(layers)
+    folder = Path(out) if out else Path("runs/demo") / time.strftime("%Y%m%d-%H%M%S")
+    result: dict[str, Any] = {}
+    for command in ("pretrain", "finetune"):
+        recipe = configs.read_toml(configs.recipe_path(f"demo/{command}"))
+        first = result.get("pretrain", {}).get("checkpoint")
+        config = resolve_config([recipe, *layers], init_from=first)
+        result[command] = train(
+            command, config, out=folder / command, device=device, init_from=first, on_step=on_step
+        )
+    checkpoint = result["finetune"]["checkpoint"]
+    detections = folder / "detections.json"
+    result["eval"] = evaluate(checkpoint, device=device, save_detections=detections)
+    result["picture"] = str(_draw(checkpoint, detections, folder / "predictions.png"))
+    return result | {"seconds": time.monotonic() - begun}
+
+
+def _draw(checkpoint: str, detections: Path, target: Path, images: int = 4) -> Path:
+    """Truth and predictions of a few validation images, the ones with the most objects."""
+    stored = checkpoints.load(checkpoint)
+    config = configs.from_plain(stored["config"])
+    dataset = open_detection(config.data.path, config.data.val_split, config.data)
+    truth = dataset.truth()
+    rows = json.loads(detections.read_text(encoding="utf-8"))
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    objects = {
+        i: [a for a in truth["annotations"] if a["image_id"] == i] for i in dataset.image_ids
+    }
+    chosen = sorted(range(len(dataset)), key=lambda i: -len(objects[dataset.image_ids[i]]))[:images]
+    pictures = []
+    for index in chosen:
+        image_id = dataset.image_ids[index]
+        found = [row for row in rows if row["image_id"] == image_id]
+        pictures.append(draw_predictions(dataset.image(index), found, objects[image_id], names))
+    grid(pictures).save(target)
+    return target

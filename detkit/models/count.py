@@ -1,0 +1,114 @@
+"""Parameters and multiply-adds, counted on the meta device: nothing is computed or stored.
+
+One multiply-add of a Conv2d or Linear is 1; norms, activations, pooling and biases are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from detkit.config import Config
+from detkit.models.backbones.base import Backbone
+from detkit.models.classifier import Classifier
+from detkit.models.zoo import build_backbone, build_detector
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cost of a part: parameters, multiply-adds for one image, Conv2d layers."""
+
+    params: int
+    macs: int
+    convs: int
+
+
+def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, int]:
+    """Multiply-adds of each Conv2d and Linear of ``model`` while ``run`` executes it."""
+    macs: dict[nn.Module, int] = {}
+
+    def add(module: nn.Module, _: object, out: Tensor) -> None:
+        each = module.get_parameter("weight")[0].numel()  # weights that make one output number
+        macs[module] = macs.get(module, 0) + out.numel() * each
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [m.register_forward_hook(add) for m in layers]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs
+
+
+def _part(modules: Iterable[nn.Module], macs: dict[nn.Module, int]) -> Part:
+    inside = {m for module in modules for m in module.modules()}
+    params = {p for m in inside for p in m.parameters(recurse=False)}
+    return Part(
+        params=sum(p.numel() for p in params),
+        macs=sum(macs.get(m, 0) for m in inside),
+        convs=sum(isinstance(m, nn.Conv2d) for m in inside),
+    )
+
+
+def count_classifier(
+    backbone: Backbone, num_classes: int = 1000, side: int = 224
+) -> dict[str, Part]:
+    """Cost of the classifier over ``backbone`` for one square image.
+
+    Args:
+        backbone: On the meta device.
+        num_classes: Classes of the last layer.
+        side: Side of the image in pixels.
+
+    Returns:
+        Parts ``total``, ``stage1`` (the stem), ``stage2``, ... and ``fc``.
+    """
+    with torch.device("meta"):
+        model = Classifier(backbone, num_classes).eval()
+        images = torch.empty(1, 3, side, side)
+    macs = macs_by_module(model, lambda: model.classify(images))
+    parts = {"total": _part([model], macs)}
+    for number in range(1, backbone.num_stages + 1):
+        parts[f"stage{number}"] = _part(backbone.stage(number), macs)
+    return parts | {"fc": _part([model.fc], macs)}
+
+
+def count_backbone(name: str, num_classes: int = 1000, side: int = 224) -> dict[str, Part]:
+    """:func:`count_classifier` of a named backbone; raises ConfigError for an unknown name."""
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    return count_classifier(backbone, num_classes, side)
+
+
+def count_detector(
+    config: Config, num_classes: int, height: int, width: int, proposals: int = 1000
+) -> dict[str, Part]:
+    """Cost of a detector for one image.
+
+    Args:
+        config: Which detector and backbone.
+        num_classes: Classes without background.
+        height: Height of the padded image in pixels.
+        width: Its width.
+        proposals: RoIs the head sees.
+
+    Returns:
+        Parts ``total``, ``backbone``, ``neck``, ``rpn`` and ``head``.
+    """
+    with torch.device("meta"):
+        model = build_detector(config, num_classes).eval()
+        images = torch.empty(1, 3, height, width)
+
+    def run() -> None:
+        features = model.features(images)
+        model.rpn(features)
+        model.head.run_layers(features, proposals)
+
+    macs = macs_by_module(model, run)
+    parts = {name: _part([part], macs) for name, part in model.named_children()}
+    return {"total": _part([model], macs)} | parts

@@ -1,0 +1,288 @@
+"""Each command as a user types it: on synthetic and real data, wrong input, README lines."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from detkit.cli.main import COMMANDS, run
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    *("--set", "data.short_side=96", "--set", "data.long_side=128", "--set", "data.multi_scale=[]"),
+    *("--set", "data.workers=0", "--batch-size", "2"),
+]
+BOX_NUMBERS = {
+    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+}
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict]:
+    """Exit code and the one JSON object on stdout."""
+    capsys.readouterr()
+    code = run([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a backbone and a detector were trained for a few steps."""
+    folder = tmp_path_factory.mktemp("road")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(["data", "synth", "shapes", "--train", "12", "--val", "4", "--size", "128"]) == 0
+        assert run(["pretrain", "--steps", "2", "--set", "data.workers=0"]) == 0
+        assert run(["finetune", "--data", "shapes", "--steps", "3", *SMALL]) == 0
+    return folder
+
+
+@pytest.fixture
+def there(road: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(road)
+    return road
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "data check", "data synth"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"detkit {command}" in text.split("Example", 1)[1]
+
+
+def test_help_and_import_load_no_torch() -> None:
+    code = (
+        "import sys, detkit, detkit.cli.main as m; m.run(['--help']); print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("pretrian", "pretrain"),
+        ("finetune --bach-size 3", "--batch-size"),
+        ("finetune --set optim.lrr=1", "optim.lr"),
+        ("finetune --recipe tiny/frcn-fpn", "tiny/frcnn-fpn"),
+        ("finetune --backbone detnet-59 --dry-run --data synthetic", "detnet59"),
+        ("finetune --data no/such/folder", "no/such/folder"),
+        ("eval --detections x.json --data no/such/folder", "no/such/folder"),
+        ("models --size 800", "800x1344"),
+        ("finetune --device gpu --steps 1", "cuda"),
+        ("eval --coco no/such/folder", "annotations/instances_val2017.json"),
+        ("data check no/such/folder", "no/such/folder"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_2(
+    line: str,
+    hint: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, answer = call(capsys, *shlex.split(line))
+    assert (code, answer["exit_code"]) == (2, 2)
+    assert hint in answer["error"]
+    assert not list(tmp_path.iterdir())  # nothing was started
+
+
+def test_road_trains_evaluates_and_scores_its_own_detections(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, scores = call(
+        capsys, "eval", "--data", "shapes", "--analysis", "--save-detections", "found.json"
+    )
+    assert code == 0
+    assert set(scores["bbox"]) == BOX_NUMBERS
+    assert scores["images"] == 4
+    assert len(scores["per_class"]) == 8
+    assert set(scores["analysis"]) == {"AP", "AR", "AR_class_agnostic"}
+    code, again = call(
+        capsys, "eval", "--data", "shapes", "--detections", "found.json", "--analysis"
+    )
+    assert code == 0
+    assert {k: again[k] for k in ("bbox", "per_class", "analysis")} == {
+        k: scores[k] for k in ("bbox", "per_class", "analysis")
+    }
+    code, voc = call(
+        capsys, "eval", "--data", "shapes", "--detections", "found.json", "--metric", "voc07"
+    )
+    assert code == 0
+    assert 0 <= voc["voc07"]["mAP"] <= 1
+
+
+def test_finetune_without_arguments_starts_from_the_newest_pretrain_run(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["finetune", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "starting from runs/pretrain/" in shown.err
+    assert "# steps_per_epoch" in shown.out
+
+
+def test_resume_auto_continues_the_same_run_and_ends_alike(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [
+        "finetune",
+        "--data",
+        "shapes",
+        "--recipe",
+        "tiny/frcnn-fpn",
+        *SMALL,
+        "--set",
+        "train.save_every=2",
+    ]
+    code, whole = call(capsys, *line, "--steps", "4", "--out", "whole")
+    assert code == 0
+    again = subprocess.Popen(
+        [sys.executable, "-m", "detkit.cli", *line, "--steps", "4", "--out", "parts"],
+        stderr=subprocess.PIPE,
+    )
+    while not Path("parts/last.pth").exists() and again.poll() is None:
+        time.sleep(0.05)
+    again.send_signal(signal.SIGTERM)
+    again.communicate()
+    code, resumed = call(capsys, *line, "--steps", "4", "--out", "parts", "--resume", "auto")
+    assert code == 0
+    assert resumed["metrics"] == whole["metrics"]
+    weights = [
+        torch.load(f"{name}/last.pth", weights_only=True)["model"] for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_out_is_never_overwritten(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("keep")
+    code, answer = call(
+        capsys, "finetune", "--data", "shapes", "--steps", "1", *SMALL, "--out", "mine"
+    )
+    assert code == 2
+    assert "notes.txt" in answer["error"]
+    assert Path("mine/notes.txt").read_text() == "keep"
+
+
+def test_init_from_keeps_classes_by_name_and_refuses_other_architectures(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = str(next(Path("runs/finetune").glob("*/best.pth")))
+    renamed = json.loads(Path("shapes/annotations/instances_train.json").read_text())
+    for split in ("train", "val"):
+        file = Path(f"shapes/annotations/instances_{split}.json")
+        renamed = json.loads(file.read_text())
+        renamed["categories"][0]["name"] = "novelty"
+        target = Path(f"renamed/annotations/instances_{split}.json")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(renamed))
+    Path("renamed/images").symlink_to(Path("shapes/images").resolve())
+    capsys.readouterr()
+    line = ["finetune", "--data", "renamed", "--init-from", best, "--steps", "1", *SMALL]
+    assert run([*line, "--set", "optim.lr=0"]) == 0
+    assert "started afresh: novelty" in capsys.readouterr().err
+    code, answer = call(capsys, *line, "--backbone", "detnet59-tiny")
+    assert code == 3
+    assert "model.backbone" in answer["error"]
+
+
+def test_broken_and_foreign_checkpoints_are_exit_3(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("broken.pth").write_bytes(b"not a checkpoint")
+    torch.save({"state_dict": {}}, "foreign.pth")
+    for name in ("broken.pth", "foreign.pth"):
+        code, answer = call(capsys, "eval", name, "--data", "shapes")
+        assert code == 3
+        assert name in answer["error"]
+    backbone = str(next(Path("runs/pretrain").glob("*/best.pth")))
+    code, answer = call(capsys, "eval", backbone, "--data", "shapes")
+    assert code == 3
+    assert "backbone" in answer["error"]
+
+
+def test_exploding_training_is_exit_6_and_names_the_images(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = ["--set", "optim.lr=1e25", "--set", "train.clip=0.0", "--set", "train.amp=off"]
+    code, answer = call(
+        capsys, "finetune", "--data", "shapes", "--steps", "20", *SMALL, *wild, "--out", "wild"
+    )
+    assert code == 6
+    assert ".png" in answer["error"]
+
+
+def test_demo_ends_with_scores_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, result = call(capsys, "demo", "--steps", "2", "--set", "data.workers=0")
+    assert code == 0
+    assert set(result["eval"]["bbox"]) == BOX_NUMBERS
+    assert Path(result["picture"]).stat().st_size > 10_000
+
+
+def test_models_lists_the_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    code, table = call(capsys, "models", "--size", "800x1344", "--backbone", "detnet59")
+    assert code == 0
+    (row,) = table["backbones"]
+    assert (row["params"], row["macs_224"]) == (18_372_648, 4_846_018_560)
+    assert [s["stride"] for s in row["stages"]] == [4, 8, 16, 16, 16]
+    assert table["detectors"][0]["macs"] > 200e9
+    assert {r["name"] for r in table["recipes"]} >= {"tiny/frcnn-fpn", "detnet/detnet59-fpn"}
+
+
+def test_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^(detkit .*?)\s*(?:#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {line.split()[1] for line in lines} >= set(COMMANDS)
+    for line in lines:
+        arguments = shlex.split(line)[1:]
+        if arguments[0] in ("demo", "pretrain", "finetune"):
+            arguments += ["--steps", "1"]  # their length is the only thing changed
+        assert run(arguments) == 0, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bccd", "coco_mini", "raccoon_voc", "nuts_seg"])
+def test_real_sets_train_and_evaluate(
+    name: str,
+    real_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = str(real_data / name)
+    assert run(["data", "check", data]) == 0
+    line = ["finetune", "--data", data, "--recipe", "tiny/frcnn-fpn", "--steps", "2", *SMALL]
+    assert run(line) == 0
+    code, scores = call(capsys, "eval", "--data", data)
+    assert code == 0
+    assert scores["bbox"]["AP"] is not None
+
+
+@pytest.mark.slow
+def test_real_image_folder_pretrains(
+    real_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = str(real_data / "sign_digits_imagefolder")
+    code, result = call(
+        capsys, "pretrain", "--data", data, "--recipe", "tiny/pretrain", "--steps", "2"
+    )
+    assert code == 0
+    assert 0 <= result["metrics"]["top1"] <= 1

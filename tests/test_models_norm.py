@@ -1,0 +1,108 @@
+"""Norms: frozen ones stay frozen, synchronised ones equal one big batch, state dicts exchange."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from detkit.errors import ConfigError
+from detkit.models.norm import NORMS, FrozenBatchNorm2d, SyncBatchNorm2d, group_norm, norm_named
+
+
+def test_frozen_norm_never_changes_and_applies_its_statistics() -> None:
+    norm = FrozenBatchNorm2d(3)
+    norm.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 9.0, 16.0]))
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, -1.0, 2.0]))
+        norm.bias.fill_(0.5)
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    nn.Sequential(norm).train()
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    out = norm(x)
+    shape = (1, 3, 1, 1)
+    expected = (x - before["running_mean"].view(shape)) / (
+        before["running_var"].view(shape) + 1e-5
+    ).sqrt()
+    torch.testing.assert_close(out, expected * before["weight"].view(shape) + 0.5)
+    out.sum().backward()
+    assert not norm.training and not any(p.requires_grad for p in norm.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+
+
+def test_batch_norms_exchange_their_state_dicts() -> None:
+    source = nn.BatchNorm2d(4)
+    source(torch.randn(8, 4, 3, 3))
+    for name in ("frozen_bn", "bn", "sync_bn"):
+        norm = norm_named(name)(4)
+        norm.load_state_dict(source.state_dict(), strict=True)
+        x = torch.randn(2, 4, 3, 3)
+        assert torch.equal(norm.eval()(x), source.eval()(x))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (48, 16), (24, 8), (7, 1)])
+def test_group_norm_divides_any_width(channels: int, groups: int) -> None:
+    assert group_norm(channels).num_groups == groups
+
+
+def test_unknown_norm() -> None:
+    with pytest.raises(ConfigError, match="got 'synbn'; did you mean 'sync_bn'"):
+        norm_named("synbn")
+    assert set(NORMS) == {"frozen_bn", "bn", "sync_bn", "gn", "none"}
+
+
+def test_sync_norm_alone_is_batch_norm() -> None:
+    ours, peer = SyncBatchNorm2d(4), nn.BatchNorm2d(4)
+    x = torch.randn(8, 4, 3, 3)
+    assert torch.equal(ours(x), peer(x))
+    assert all(torch.equal(v, peer.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+# Uneven shares and a mean far above the deviation, where a one-pass variance would cancel.
+SHARES = (3, 5)
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(sum(SHARES), 4, 3, 5, generator=generator) + 1000
+    return x, torch.randn(x.shape, generator=generator)
+
+
+def _normalise(norm: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_(True)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, -0.5, 0.3]))
+        norm.bias.fill_(0.1)
+    out = norm.train()(x)
+    out.backward(grad)
+    result = {"out": out.detach(), "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    return result | {k: v for k, v in norm.state_dict().items() if "running" in k or "num" in k}
+
+
+def _worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    share = [t.split(SHARES)[rank] for t in _data()]
+    torch.save(_normalise(SyncBatchNorm2d(4), *share), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sync_norm_over_two_processes_equals_the_full_batch(tmp_path: Path) -> None:
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    full = _normalise(nn.BatchNorm2d(4).double(), *(t.double() for t in _data()))
+    for key in ("out", "x"):
+        got = torch.cat([part[key] for part in parts]).double()
+        torch.testing.assert_close(got, full[key], rtol=1e-4, atol=2e-3)
+    for key in ("weight", "bias"):  # a data-parallel wrapper averages these over processes
+        got = (parts[0][key] + parts[1][key]).double()
+        torch.testing.assert_close(got, full[key], rtol=1e-4, atol=2e-2)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(parts[0][key], parts[1][key])
+        torch.testing.assert_close(
+            parts[0][key].to(full[key].dtype), full[key], rtol=1e-5, atol=1e-5
+        )
