@@ -1,13 +1,11 @@
 #include "cpu/roi_align_kernel.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 
 #include "common/macros.h"
 #include "common/simd.h"
 #include "cpu/channel_blocks.h"
+#include "cpu/half.h"
 
 namespace detkit::cpu {
 namespace {
@@ -200,8 +198,8 @@ template void roi_align_prepare(RoiAlignPlan<float>&, const float*, int64_t, int
 template void roi_align_prepare(RoiAlignPlan<double>&, const double*, int64_t, int64_t);
 DETKIT_INSTANTIATE(float, float)
 DETKIT_INSTANTIATE(double, double)
-DETKIT_INSTANTIATE(torch::headeronly::Half, float)
-DETKIT_INSTANTIATE(torch::headeronly::BFloat16, float)
+DETKIT_INSTANTIATE(Half, float)
+DETKIT_INSTANTIATE(BFloat16, float)
 #undef DETKIT_INSTANTIATE
 
 }  // namespace detkit::cpu
