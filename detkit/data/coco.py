@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detkit.data.clean import RawSet
+from detkit.data.raw import RawSet
 from detkit.errors import DataError
 from detkit.types import CategoryMap
 

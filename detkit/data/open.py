@@ -8,9 +8,10 @@ import numpy as np
 
 from detkit.config import DataConfig
 from detkit.data import coco, folder, synthetic, voc, yolo
-from detkit.data.clean import CleanOptions, RawSet, clean, require_usable
+from detkit.data.clean import clean, require_usable
 from detkit.data.dataset import ClassificationDataset, DetectionDataset
 from detkit.data.problems import Report
+from detkit.data.raw import CleanOptions, RawSet
 from detkit.data.records import PackedJson
 from detkit.errors import DataError
 from detkit.types import CategoryMap
