@@ -326,6 +326,18 @@ def test_workers_end_with_the_iterator(dataset: DetectionDataset) -> None:
     assert not any(c.is_alive() for c in children)
 
 
+def test_a_killed_worker_is_an_error_with_a_hint(dataset: DetectionDataset) -> None:
+    before = set(multiprocessing.active_children())
+    batches = train_batches(dataset, settings(data={"workers": 1}))
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - before
+    worker.kill()
+    worker.join()
+    with pytest.raises(DataError, match="lower data.workers"):
+        for _ in range(10):
+            next(batches)
+
+
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("classes")
