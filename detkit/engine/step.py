@@ -109,6 +109,17 @@ def _sync_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """What ``auto`` means on a device: bf16 where it has instructions for it, fp16 on old GPUs."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Without these instructions bf16 is emulated and slower than fp32.
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "off"
+
+
 def _to_device(part: Part, device: torch.device, layout: torch.memory_format) -> Part:
     part = part.to(device)
     # A copy of the dataclass, not of the tensors: the caller's batch keeps its own layout.

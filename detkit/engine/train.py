@@ -36,7 +36,7 @@ from detkit.engine.progress import Progress, StepInfo, Window
 from detkit.engine.run import RunFolder
 from detkit.engine.schedule import Length, factor, length
 from detkit.engine.signals import InterruptedBySignalError, StopSignals, Watchdog
-from detkit.engine.step import Part, StepResult, train_step
+from detkit.engine.step import Part, StepResult, resolve_amp, train_step
 from detkit.errors import (
     CheckpointError,
     ConfigError,
@@ -173,11 +173,12 @@ class _Fitting:
         self.watchdog = watchdog
         torch.manual_seed(config.train.seed + distributed.rank())
         self.model = model.to(device).train()
-        self.layout = _layout(identity["kind"], device, config.train.amp)
+        self.amp = resolve_amp(config.train.amp, device)
+        self.layout = _layout(identity["kind"], device, self.amp)
         self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(model, config.optim, config.train.batch_size)
         self.lr = base_lr(config.optim, config.train.batch_size)
-        self.scaler = GradScaler(device.type, enabled=config.train.amp == "fp16")
+        self.scaler = GradScaler(device.type, enabled=self.amp == "fp16")
         self.ema = Ema(model, config.train.ema) if config.train.ema else None
         self.parallel = distributed.wrap(model, device)
         self.progress = Progress()
@@ -228,7 +229,7 @@ class _Fitting:
             self.scaler,
             images=images,
             device=self.device,
-            amp=self.config.train.amp,
+            amp=self.amp,
             clip=self.config.train.clip,
             layout=self.layout,
         )
