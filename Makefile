@@ -78,7 +78,7 @@ fmt: $(DEPS)
 lint: $(DEPS)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+	@clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 
 types: $(DEPS)
 	$(RUN) -m mypy

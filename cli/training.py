@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from detkit import config as configs
-from detkit.cli.options import Common, emit, show_plan
+from detkit.cli.options import Common, Tables, emit, show_plan
 from detkit.errors import ConfigError
 
 
@@ -52,7 +52,9 @@ def run_training(
             else "no pretrain run found: starting from scratch"
         )
         click.echo(note, err=True)
-    config = api.with_length(api.resolve_config(common.layers(recipe), init_from=init_from))
+    config = api.resolve_config([*_base(kind), *common.layers(recipe)], init_from=init_from)
+    config = api.with_length(config)
+    api.check_metric(kind, config)
     _check_data(config, common)
     if common.dry_run:
         show_plan(common, config, api.training_plan(kind, config))
@@ -63,6 +65,10 @@ def run_training(
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one reports
         emit(common, result, lambda: _show(result))
     return 0
+
+
+def _base(kind: str) -> list[Tables]:
+    return [{"eval": {"metric": "top1"}}] if kind == "pretrain" else []
 
 
 def _check_data(config: configs.Config, common: Common) -> None:

@@ -2,7 +2,11 @@
 // operators, which are called as torch.ops.detkit.* and are not bound here. No torch header but its
 // version number: they do not mix.
 #include <pybind11/pybind11.h>
+#if __has_include(<torch/headeronly/version.h>)
 #include <torch/headeronly/version.h>
+#else  // where older versions of torch have it
+#include <torch/version.h>
+#endif
 
 #include <string>
 

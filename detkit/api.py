@@ -35,6 +35,7 @@ from detkit.engine.evaluate import detect_dataset
 from detkit.engine.evaluate import evaluate as score
 from detkit.engine.results import read_results
 from detkit.engine.run import RunFolder, create_run, newest_run, same_run
+from detkit.engine.summary import NUMBERS
 from detkit.engine.train import StepInfo, fit
 from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
 from detkit.models import build_classifier, build_detector
@@ -49,6 +50,7 @@ DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minut
 VOC_METRICS = ("voc07", "voc12")
 COCO_CLASSES = 80
 _KINDS = {"pretrain": "backbone", "finetune": "detector"}
+_METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS)}
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,16 @@ def training_plan(command: str, config: Config) -> dict[str, Any]:
     }
 
 
+def check_metric(command: str, config: Config) -> None:
+    """Refuse a metric the command will not have, before it trains; raises ConfigError."""
+    metric, known = config.eval.metric, _METRICS[command]
+    if metric not in known:
+        raise ConfigError(
+            f"eval.metric: must be one of {', '.join(known)} for {command}, got {metric!r}"
+            f"{configs.suggest(metric, known)}"
+        )
+
+
 def with_length(config: Config) -> Config:
     """``config`` with the default length where it gives none."""
     length = config.train
@@ -220,6 +232,7 @@ def train(
             checkpoints.
     """
     config = with_length(config)
+    check_metric(command, config)
     with distributed.process_group(pick_device(device)) as place:
         train_set = _open(command, config, config.data.split)
         val_set = _open(command, config, config.data.val_split)
@@ -319,11 +332,14 @@ def _validate(
     share = {"rank": distributed.rank(), "world": distributed.world_size()}
     batches = eval_batches(dataset, config, **share)
     if command == "pretrain":
-        parts = distributed.gather(top1(model, batches, device))
+        own = len(dataset) > distributed.rank()  # with more processes than images some have none
+        parts = [p for p in distributed.gather(top1(model, batches, device) if own else None) if p]
         images = sum(part["images"] for part in parts)
         return {"top1": sum(part["top1"] * part["images"] for part in parts) / images}
-    own = detect_dataset(model, batches, dataset.categories, device)
-    results = [row for part in distributed.gather(own) for row in part]
+    rows = detect_dataset(model, batches, dataset.categories, device)
+    results = [row for part in distributed.gather(rows) for row in part]
+    for damaged in distributed.gather(dataset.damaged):
+        dataset.damaged |= damaged
     if not distributed.is_main():
         return {}
     metric = config.eval.metric
@@ -372,7 +388,8 @@ def evaluate(
         config = configs.resolve(overrides)
         dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
         truth = dataset.truth()
-        return score(truth, read_results(detections, truth), analysis=analysis, metric=metric)
+        scores = score(truth, read_results(detections, truth), analysis=analysis, metric=metric)
+        return _with_fixes(scores, dataset)
     if checkpoint is None:
         raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")
     loaded = load(checkpoint, device)
@@ -383,7 +400,15 @@ def evaluate(
     results = _detect(loaded, dataset, config, on_image)
     if save_detections is not None:
         _write_json(save_detections, results)
-    return score(dataset.truth(), results, analysis=analysis, metric=metric)
+    scores = score(dataset.truth(), results, analysis=analysis, metric=metric)
+    return _with_fixes(scores, dataset)
+
+
+def _with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
+    """``scores`` with what was repaired or left out while the data set was read."""
+    found = sorted(dataset.report.counts.items())
+    lines = [f"{rule}: {count} while reading the data set" for rule, count in found]
+    return scores | {"normalised": lines + scores["normalised"]}
 
 
 def _detect(

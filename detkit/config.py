@@ -250,6 +250,8 @@ class DataConfig:
             all(s > 0 for s in self.multi_scale), "data.multi_scale", "positive", self.multi_scale
         )
         _require(self.workers >= 0, "data.workers", "zero or more", self.workers)
+        for name in ("pad_multiple", "max_pixels"):
+            _require(getattr(self, name) > 0, f"data.{name}", "positive", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,7 @@ def test_help_and_import_load_no_torch() -> None:
         ("finetune --recipe tiny/frcn-fpn", "tiny/frcnn-fpn"),
         ("finetune --backbone detnet-59 --dry-run --data synthetic", "detnet59"),
         ("finetune --data no/such/folder", "no/such/folder"),
+        ("pretrain --set eval.metric=top2 --steps 1", "top1"),
         ("eval --detections x.json --data no/such/folder", "no/such/folder"),
         ("models --size 800", "800x1344"),
         ("finetune --device gpu --steps 1", "cuda"),

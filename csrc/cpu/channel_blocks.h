@@ -95,12 +95,27 @@ DETKIT_CLONES void to_planes(const A* source, int64_t stride, int64_t lanes, int
   transpose<A, T, A>(source, stride, length, lanes, target, target_stride);
 }
 
+// Lanes that lie side by side already, as in a channels_last map, from one pixel to the next.
+template <class T, class A>
+DETKIT_CLONES void copy_lanes(const T* source, int64_t stride, int64_t lanes, int64_t length,
+                              A* target, int64_t target_stride) {
+  for (int64_t x = 0; x < length; ++x) {
+    for (int64_t c = 0; c < lanes; ++c) {
+      target[x * target_stride + c] = static_cast<A>(source[x * stride + c]);
+    }
+  }
+}
+
 // One map row of a block of channels to (W, B); lanes not in use become 0.
 template <class T, class A, int B>
 void pack_row(const T* source, const MapStrides& strides, int64_t lanes, int64_t width, A* target) {
   if (lanes < B) std::fill_n(target, width * B, A(0));
   if (strides.column == 1) {
     to_lanes<T, A>(source, strides.channel, lanes, width, target, B);
+    return;
+  }
+  if (strides.channel == 1) {
+    copy_lanes<T, A>(source, strides.column, lanes, width, target, B);
     return;
   }
   for (int64_t x = 0; x < width; ++x) {

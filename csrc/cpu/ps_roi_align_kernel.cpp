@@ -1,14 +1,12 @@
 #include "cpu/ps_roi_align_kernel.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <limits>
 #include <type_traits>
 
 #include "common/macros.h"
 #include "common/simd.h"
+#include "cpu/half.h"
 
 namespace detkit::cpu {
 namespace {
@@ -239,8 +237,8 @@ template void ps_roi_align_prepare(PsRoiAlignPlan<float>&, const float*, int64_t
 template void ps_roi_align_prepare(PsRoiAlignPlan<double>&, const double*, int64_t, int64_t);
 DETKIT_INSTANTIATE(float, float)
 DETKIT_INSTANTIATE(double, double)
-DETKIT_INSTANTIATE(torch::headeronly::Half, float)
-DETKIT_INSTANTIATE(torch::headeronly::BFloat16, float)
+DETKIT_INSTANTIATE(Half, float)
+DETKIT_INSTANTIATE(BFloat16, float)
 #undef DETKIT_INSTANTIATE
 
 }  // namespace detkit::cpu

@@ -1,13 +1,11 @@
 #include "cpu/roi_align_kernel.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 
 #include "common/macros.h"
 #include "common/simd.h"
 #include "cpu/channel_blocks.h"
+#include "cpu/half.h"
 
 namespace detkit::cpu {
 namespace {
@@ -23,14 +21,30 @@ Block block_of(const RoiAlignPlan<A>& plan, int64_t item) {
   return {item / plan.blocks(), channel, std::min(plan.lanes, plan.spec.channels - channel)};
 }
 
-// Map rows that some box of the image reads: the others need no copy.
+// Columns [begin, end) of a map row.
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// For each map row the columns that the image's boxes read: the others need no copy.
 template <class A>
-std::vector<char> rows_in_use(const RoiAlignPlan<A>& plan, int64_t image) {
-  std::vector<char> used(plan.spec.height, 0);
+std::vector<Span> spans_in_use(const RoiAlignPlan<A>& plan, int64_t image) {
+  std::vector<Span> spans(plan.spec.height, {plan.spec.width, plan.spec.width});
   for (int64_t i = plan.groups.begin[image]; i < plan.groups.begin[image + 1]; ++i) {
-    for (const auto& row : plan.weights[plan.groups.order[i]].rows.entries) used[row.index] = 1;
+    const RoiWeights<A>& box = plan.weights[plan.groups.order[i]];
+    int64_t begin = plan.spec.width, end = 0;
+    for (const auto& column : box.columns.entries) {
+      begin = std::min(begin, column.index);
+      end = std::max(end, column.index + 1);
+    }
+    if (begin >= end) continue;
+    for (const auto& row : box.rows.entries) {
+      Span& span = spans[row.index];
+      span = {std::min(span.begin, begin), span.size() == 0 ? end : std::max(span.end, end)};
+    }
   }
-  return used;
+  return spans;
 }
 
 // All bins of one box from the block's map (H, W, B) to `pooled`, (P*Q, B).
@@ -83,16 +97,16 @@ template <class T, class A, int B>
 void forward_blocks(const RoiAlignPlan<A>& plan, const T* input, const MapStrides& strides,
                     T* output, int64_t begin, int64_t end) {
   const RoiSpec& spec = plan.spec;
-  const int64_t bins = spec.bins_down * spec.bins_across;
-  const Scratch<A> map(spec.height * spec.width * B), pooled(bins * B);
+  const int64_t bins = spec.bins_down * spec.bins_across, row_size = spec.width * B;
+  const Scratch<A> map(spec.height * row_size), pooled(bins * B);
   for (int64_t item = begin; item < end; ++item) {
     const Block block = block_of(plan, item);
     const T* source = input + block.image * strides.image + block.channel * strides.channel;
-    const std::vector<char> used = rows_in_use(plan, block.image);
+    const std::vector<Span> spans = spans_in_use(plan, block.image);
     for (int64_t y = 0; y < spec.height; ++y) {
-      if (!used[y]) continue;
-      pack_row<T, A, B>(source + y * strides.row, strides, block.lanes, spec.width,
-                        map.get() + y * spec.width * B);
+      const int64_t first = spans[y].begin;
+      pack_row<T, A, B>(source + y * strides.row + first * strides.column, strides, block.lanes,
+                        spans[y].size(), map.get() + y * row_size + first * B);
     }
     for (int64_t i = plan.groups.begin[block.image]; i < plan.groups.begin[block.image + 1]; ++i) {
       const int64_t r = plan.groups.order[i];
@@ -114,9 +128,9 @@ void backward_blocks(const RoiAlignPlan<A>& plan, const T* grad, T* grad_input, 
   std::fill_n(shares.get(), bins * B, A(0));  // lanes not in use must be finite
   for (int64_t item = begin; item < end; ++item) {
     const Block block = block_of(plan, item);
-    const std::vector<char> used = rows_in_use(plan, block.image);
+    const std::vector<Span> spans = spans_in_use(plan, block.image);
     for (int64_t y = 0; y < spec.height; ++y) {
-      if (used[y]) std::fill_n(map.get() + y * row_size, row_size, A(0));
+      std::fill_n(map.get() + y * row_size + spans[y].begin * B, spans[y].size() * B, A(0));
     }
     for (int64_t i = plan.groups.begin[block.image]; i < plan.groups.begin[block.image + 1]; ++i) {
       const int64_t r = plan.groups.order[i];
@@ -127,11 +141,13 @@ void backward_blocks(const RoiAlignPlan<A>& plan, const T* grad, T* grad_input, 
     }
     T* target = grad_input + (block.image * spec.channels + block.channel) * plane;
     for (int64_t y = 0; y < spec.height; ++y) {
+      const Span span = spans[y];
       T* row = target + y * spec.width;
-      if (used[y]) {
-        to_planes<T, A>(map.get() + y * row_size, B, block.lanes, spec.width, row, plane);
-      } else {
-        for (int64_t c = 0; c < block.lanes; ++c) std::fill_n(row + c * plane, spec.width, T(0));
+      to_planes<T, A>(map.get() + y * row_size + span.begin * B, B, block.lanes, span.size(),
+                      row + span.begin, plane);
+      for (int64_t c = 0; c < block.lanes; ++c) {
+        std::fill(row + c * plane, row + c * plane + span.begin, T(0));
+        std::fill(row + c * plane + span.end, row + c * plane + spec.width, T(0));
       }
     }
   }
@@ -182,8 +198,8 @@ template void roi_align_prepare(RoiAlignPlan<float>&, const float*, int64_t, int
 template void roi_align_prepare(RoiAlignPlan<double>&, const double*, int64_t, int64_t);
 DETKIT_INSTANTIATE(float, float)
 DETKIT_INSTANTIATE(double, double)
-DETKIT_INSTANTIATE(torch::headeronly::Half, float)
-DETKIT_INSTANTIATE(torch::headeronly::BFloat16, float)
+DETKIT_INSTANTIATE(Half, float)
+DETKIT_INSTANTIATE(BFloat16, float)
 #undef DETKIT_INSTANTIATE
 
 }  // namespace detkit::cpu

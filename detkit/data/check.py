@@ -8,10 +8,11 @@ from typing import Any
 
 from detkit.config import DataConfig
 from detkit.data import folder
-from detkit.data.clean import CleanOptions, clean
+from detkit.data.clean import clean
 from detkit.data.images import load_image
 from detkit.data.open import SYNTHETIC, layout, open_detection, read_raw, splits
 from detkit.data.problems import RULES, Report
+from detkit.data.raw import CleanOptions
 from detkit.errors import DataError
 
 

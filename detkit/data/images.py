@@ -65,6 +65,10 @@ def is_image_name(name: str) -> bool:
 
 def confine(root: Path, name: str) -> Path:
     """Path of file ``name`` in ``root`` (resolved); raises ImageFileError where it leads out."""
+    try:
+        name.encode()
+    except UnicodeError as error:
+        raise ImageFileError("image-path", ascii(name), "a name that is no text") from error
     windows = PureWindowsPath(name)
     if (
         os.path.isabs(name)
@@ -205,6 +209,8 @@ def _header(image: Image.Image) -> Header:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these itself and gives the size as shown
+        return 1
     # Asked for the EXIF data of a PNG that has none in front, Pillow decodes it to look behind.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
         return 1

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,28 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 from detkit.config import Config
 from detkit.data import transforms
 from detkit.data.dataset import ClassificationDataset, DetectionDataset
+from detkit.data.plan import Key, TrainPlan, train_keys, view_chance
 from detkit.data.problems import ImageFileError
 from detkit.errors import ConfigError, DataError
 from detkit.types import Batch, ClassificationBatch, Target
 
 _log = logging.getLogger("detkit.data")
 
-# One stream of chance per purpose, so that no two choices share numbers.
-_ORDER, _MIX, _SCALE, _VIEW = range(4)
-# Steps whose images are sorted by orientation together, where a set has both.
-_WINDOW = 16
-
 AnyDataset = DetectionDataset | ClassificationDataset
 AnyBatch = Batch | ClassificationBatch
-
-
-@dataclass(frozen=True)
-class Key:
-    """One sample: which image, in which pass over the data, and the shorter side of its view."""
-
-    index: int
-    epoch: int
-    short_side: int
 
 
 def steps_per_epoch(dataset: AnyDataset, config: Config) -> float:
@@ -78,7 +64,7 @@ def train_batches(
             f"{world}x{parts}, got {config.train.batch_size}"
         )
     plan = TrainPlan(dataset, config)
-    keys = _train_keys(plan, start_step, rank, world, parts)
+    keys = train_keys(plan, start_step, rank, world, parts)
     batches = _load(_Fetcher(dataset, config, training=True), keys, dataset, config.data.workers)
     return _grouped(batches, parts)
 
@@ -98,83 +84,6 @@ def eval_batches(
     ]
     workers = min(config.data.workers, len(keys))
     return _load(_Fetcher(dataset, config, training=False), keys, dataset, workers)
-
-
-class TrainPlan:
-    """Which images, in which pass, at which scale, make up each step."""
-
-    def __init__(self, dataset: AnyDataset, config: Config) -> None:
-        if not len(dataset):
-            raise DataError(f"{dataset.source}: at least one usable image is needed, got none")
-        self.count = len(dataset)
-        self.batch_size = config.train.batch_size
-        self.seed = config.train.seed % 2**64
-        self.scales = config.data.multi_scale or (config.data.short_side,)
-        self._portrait = _portrait(dataset)
-        self._orders: dict[int, NDArray[np.int64]] = {}
-        self._window: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-
-    def step(self, t: int) -> list[Key]:
-        """The samples of step ``t`` over all processes."""
-        rng = _generator(self.seed, _SCALE, t)
-        short_side = self.scales[int(rng.integers(len(self.scales)))]
-        pairs = self._pairs(t)
-        return [Key(int(i), int(e), short_side) for e, i in pairs]
-
-    def _pairs(self, t: int) -> NDArray[np.int64]:
-        """(batch_size, 2) pass and index of step ``t``'s images."""
-        if self._portrait is None:
-            return self._taken(t * self.batch_size, (t + 1) * self.batch_size)
-        number, place = divmod(t, _WINDOW)
-        if self._window[0] != number:
-            self._window = (number, self._mixed(number, self._portrait))
-        pairs: NDArray[np.int64] = self._window[1][place]
-        return pairs
-
-    def _mixed(self, number: int, portrait: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """(_WINDOW, batch_size, 2): upright and lying images mostly apart, which saves padding."""
-        images = _WINDOW * self.batch_size
-        pairs = self._taken(number * images, (number + 1) * images)
-        pairs = pairs[np.argsort(portrait[pairs[:, 1]], kind="stable")]
-        order = _generator(self.seed, _MIX, number).permutation(_WINDOW)
-        return pairs.reshape(_WINDOW, self.batch_size, 2)[order]
-
-    def _taken(self, start: int, stop: int) -> NDArray[np.int64]:
-        """(stop - start, 2) pass and index at positions of the endless row of shuffled passes."""
-        epochs, places = np.divmod(np.arange(start, stop), self.count)
-        indices = [self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)]
-        return np.stack([epochs, np.array(indices, dtype=np.int64)], axis=1)
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            if len(self._orders) > 8:
-                self._orders.clear()
-            self._orders[epoch] = _generator(self.seed, _ORDER, epoch).permutation(self.count)
-        return self._orders[epoch]
-
-
-def _portrait(dataset: AnyDataset) -> NDArray[np.bool_] | None:
-    """(I,) True where an image is upright, or None where all are alike or are cut square anyway."""
-    if isinstance(dataset, ClassificationDataset):
-        return None
-    upright = dataset.records.sizes[:, 0] > dataset.records.sizes[:, 1]
-    return upright if upright.any() and not upright.all() else None
-
-
-def _generator(*key: int) -> Generator:
-    return Generator(PCG64(SeedSequence(key)))
-
-
-def _train_keys(
-    plan: TrainPlan, start: int, rank: int, world: int, parts: int
-) -> Iterator[list[Key]]:
-    step = start
-    while True:
-        share = plan.step(step)[rank::world]
-        length = len(share) // parts
-        for part in range(parts):
-            yield share[part * length : (part + 1) * length]
-        step += 1
 
 
 def _grouped(batches: Iterator[Any], parts: int) -> Iterator[list[Any]]:
@@ -268,7 +177,7 @@ class _Fetcher(Dataset[_Loaded]):
         data = self.config.data
         source = dataset.size(key.index)
         boxes = dataset.records.boxes(key.index)
-        rng = _generator(self.config.train.seed % 2**64, _VIEW, key.epoch, key.index)
+        rng = view_chance(self.config.train.seed, key.epoch, key.index)
         geometry = transforms.whole(source, key.short_side, data.long_side)
         if self.training:
             geometry = transforms.random_detection(
@@ -316,7 +225,7 @@ class _Fetcher(Dataset[_Loaded]):
     def _classification(self, dataset: ClassificationDataset, key: Key, loaded: _Loaded) -> Any:
         data = self.config.data
         source = dataset.size(key.index)
-        rng = _generator(self.config.train.seed % 2**64, _VIEW, key.epoch, key.index)
+        rng = view_chance(self.config.train.seed, key.epoch, key.index)
         if self.training:
             geometry = transforms.random_classification(
                 rng, source, side=key.short_side, flip=data.flip, min_area=data.min_crop
@@ -354,13 +263,30 @@ def _load(
         worker_init_fn=_init_worker,
         generator=torch.Generator(),  # not the global one: its next numbers are the model's
     )
-    for loaded in loader:
+    for loaded in _surviving(iter(loader)):
         if loaded.failure:
             raise DataError(loaded.failure)
         for index, problem in loaded.problems:
             _note(dataset, index, problem)
         if loaded.images is not None:
-            yield _finished(loaded, isinstance(dataset, DetectionDataset))
+            yield _finished(loaded, loaded.images, isinstance(dataset, DetectionDataset))
+
+
+def _surviving(batches: Iterator[_Loaded]) -> Iterator[_Loaded]:
+    """``batches``; a worker that was killed from outside is an error of ours, not of torch's."""
+    while True:
+        try:
+            loaded = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"data: every loader process must live, got {error}; "
+                "if memory ran out, lower data.workers or train.batch_size"
+            ) from error
+        yield loaded
 
 
 def _unchanged(loaded: Any) -> Any:
@@ -384,10 +310,7 @@ def _note(dataset: AnyDataset, index: int, problem: ImageFileError) -> None:
     _log.warning("left out: %s", problem)
 
 
-def _finished(loaded: _Loaded, detection: bool) -> AnyBatch:
-    images = loaded.images
-    if images is None:
-        raise DataError("batch: must hold an image, got none")
+def _finished(loaded: _Loaded, images: Tensor, detection: bool) -> AnyBatch:
     if not detection:
         labels = torch.tensor(np.array(loaded.labels, dtype=np.int64))
         return ClassificationBatch(images, labels, loaded.files)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,14 @@ def segmentation_fault(segmentation: Any, height: int, width: int) -> str:
         return _polygon_fault(segmentation)
     if isinstance(segmentation, dict):
         return _rle_fault(segmentation, height, width)
-    return f"a {type(segmentation).__name__}"
+    return f"a value of type {type(segmentation).__name__}"
 
 
 def _polygon_fault(polygons: list[Any]) -> str:
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             return "a polygon without three points"
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in polygon):
+        if not all(isinstance(v, int | float) and abs(v) <= sys.float_info.max for v in polygon):
             return "a polygon with a coordinate that is no number"
     return ""
 
@@ -80,7 +80,10 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """One compressed RLE of a sound segmentation (polygons are rasterised and joined)."""
     rle: dict[str, Any]
     if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        # pycocotools walks along outlines pixel by pixel, far outside the image too.
+        far = 10.0 * max(height, width)
+        near = [np.clip(np.asarray(p, dtype=np.float64), -far, far).tolist() for p in segmentation]
+        rle = coco_mask.merge(coco_mask.frPyObjects(near, height, width))
     elif isinstance(segmentation["counts"], list):
         rle = coco_mask.frPyObjects(segmentation, height, width)
     else:

@@ -8,11 +8,12 @@ import numpy as np
 
 from detkit.config import DataConfig
 from detkit.data import coco, folder, synthetic, voc, yolo
-from detkit.data.clean import CleanOptions, RawSet, clean, require_usable
+from detkit.data.clean import clean, require_usable
 from detkit.data.dataset import ClassificationDataset, DetectionDataset
 from detkit.data.problems import Report
+from detkit.data.raw import CleanOptions, RawSet
 from detkit.data.records import PackedJson
-from detkit.errors import DataError
+from detkit.errors import ConfigError, DataError
 from detkit.types import CategoryMap
 
 SYNTHETIC = "synthetic"
@@ -103,6 +104,11 @@ def read_raw(
     path: str, kind: str, split: str, config: DataConfig, *, need_images: bool = True
 ) -> RawSet:
     """What the annotation files of a split of a detection set say, before any check."""
+    if config.images and kind != "coco":
+        raise ConfigError(
+            f"data.images: must be empty for a {kind} set, whose image folders are fixed, "
+            f"got {config.images!r}"
+        )
     if kind == "voc":
         return voc.read(Path(path), split)
     if kind == "yolo":

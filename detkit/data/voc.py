@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from detkit.data.clean import RawSet
 from detkit.data.images import is_image_name
 from detkit.data.problems import Problem
+from detkit.data.raw import RawSet
 from detkit.errors import DataError
 from detkit.types import CategoryMap
 

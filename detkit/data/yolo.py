@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detkit.data.clean import RawSet
 from detkit.data.images import confine, is_image_name, read_header
 from detkit.data.problems import ImageFileError, Problem
+from detkit.data.raw import RawSet
 from detkit.data.yaml import read_yaml
 from detkit.errors import DataError
 from detkit.types import CategoryMap

@@ -46,18 +46,18 @@ class FiniteFlags:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._pending: tuple[Outcome, Tensor, torch.cuda.Event] | None = None
 
     def note(self, outcome: Outcome) -> Outcome | None:
         """Take in a step; returns it if it is bad, on CUDA the step before it."""
-        if not self._cuda:
+        if self._device.type != "cuda":
             return None if bool(outcome.result.finite) else outcome
         before = self.settle()
         flag = torch.empty((), dtype=torch.bool, pin_memory=True)
         flag.copy_(outcome.result.finite, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._pending = (outcome, flag, event)
         return before
 

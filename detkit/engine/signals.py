@@ -81,7 +81,7 @@ class Watchdog:
 
     The main thread gets a StalledError. If it does not come back from a call within a few seconds
     (a hung device or collective), the process ends with code 7 as it is. Nothing is saved either
-    way.
+    way. Outside the main thread, which alone takes signals, only the second is possible.
     """
 
     def __init__(self, seconds: float, grace_seconds: float = _GRACE_SECONDS) -> None:

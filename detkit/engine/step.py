@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ def train_step(
     device: torch.device,
     amp: str = "off",
     clip: float = 0.0,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> StepResult:
     """One optimiser step over a batch given in parts, as if they were one.
 
@@ -59,6 +60,7 @@ def train_step(
         device: Where the model is.
         amp: ``off``, ``bf16`` or ``fp16``.
         clip: Largest gradient norm; 0 does not clip.
+        layout: Memory format of the images.
     """
     optimizer.zero_grad(set_to_none=True)
     own = sum(len(part.images) for part in parts)
@@ -66,7 +68,7 @@ def train_step(
     for i, part in enumerate(parts):
         with _sync_gradients(model, i == len(parts) - 1):
             with torch.autocast(device.type, dtype=_AMP.get(amp), enabled=amp != "off"):
-                found = model(_to_device(part, device, channels_last=_channels_last(device, amp)))
+                found = model(_to_device(part, device, layout))
             total = torch.stack([loss.float() for loss in found.values()]).sum()
             # Processes average their gradients, hence the world size: each image counts 1 / images.
             share = len(part.images) * distributed.world_size() / images
@@ -107,13 +109,18 @@ def _sync_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextM
     return contextlib.nullcontext()
 
 
-def _channels_last(device: torch.device, amp: str) -> bool:
-    # Tensor cores read channels last; on the CPU and in fp32 it gains nothing here.
-    return device.type == "cuda" and amp != "off"
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """What ``auto`` means on a device: bf16 where it has instructions for it, fp16 on old GPUs."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Without these instructions bf16 is emulated and slower than fp32.
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "off"
 
 
-def _to_device(part: Part, device: torch.device, *, channels_last: bool) -> Part:
+def _to_device(part: Part, device: torch.device, layout: torch.memory_format) -> Part:
     part = part.to(device)
-    if channels_last:
-        part.images = part.images.contiguous(memory_format=torch.channels_last)
-    return part
+    # A copy of the dataclass, not of the tensors: the caller's batch keeps its own layout.
+    return replace(part, images=part.images.contiguous(memory_format=layout))

@@ -11,7 +11,7 @@ Array = npt.NDArray[np.float64]
 
 # number: taken from precision or recall, IoU threshold (all where None), area, most detections;
 # the last three are indices into pycocotools' arrays
-_NUMBERS: dict[str, tuple[str, int | None, int, int]] = {
+NUMBERS: dict[str, tuple[str, int | None, int, int]] = {
     "AP": ("precision", None, 0, 2),
     "AP50": ("precision", 0, 0, 2),
     "AP75": ("precision", 5, 0, 2),
@@ -35,7 +35,7 @@ def numbers(tables: dict[str, Array]) -> dict[str, float | None]:
             its default thresholds, -1 where undefined.
     """
     result = {}
-    for name, (source, threshold, area, most) in _NUMBERS.items():
+    for name, (source, threshold, area, most) in NUMBERS.items():
         values = tables[source][..., area, most]  # precision (T, R, K) or recall (T, K)
         values = values if threshold is None else values[threshold]
         values = values[values > -1]

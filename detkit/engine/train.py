@@ -36,7 +36,7 @@ from detkit.engine.progress import Progress, StepInfo, Window
 from detkit.engine.run import RunFolder
 from detkit.engine.schedule import Length, factor, length
 from detkit.engine.signals import InterruptedBySignalError, StopSignals, Watchdog
-from detkit.engine.step import Part, StepResult, train_step
+from detkit.engine.step import Part, StepResult, resolve_amp, train_step
 from detkit.errors import (
     CheckpointError,
     ConfigError,
@@ -173,11 +173,12 @@ class _Fitting:
         self.watchdog = watchdog
         torch.manual_seed(config.train.seed + distributed.rank())
         self.model = model.to(device).train()
-        if device.type == "cuda" and config.train.amp != "off":
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.amp = resolve_amp(config.train.amp, device)
+        self.layout = _layout(identity["kind"], device, self.amp)
+        self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(model, config.optim, config.train.batch_size)
         self.lr = base_lr(config.optim, config.train.batch_size)
-        self.scaler = GradScaler(device.type, enabled=config.train.amp == "fp16")
+        self.scaler = GradScaler(device.type, enabled=self.amp == "fp16")
         self.ema = Ema(model, config.train.ema) if config.train.ema else None
         self.parallel = distributed.wrap(model, device)
         self.progress = Progress()
@@ -228,8 +229,9 @@ class _Fitting:
             self.scaler,
             images=images,
             device=self.device,
-            amp=self.config.train.amp,
+            amp=self.amp,
             clip=self.config.train.clip,
+            layout=self.layout,
         )
         if self.ema is not None:
             self.ema.update(self.model, state.step)
@@ -459,6 +461,16 @@ class _Fitting:
         if distributed.is_main():
             self.run.trim_metrics(self.progress.step, self.progress.evaluated_step)
             _log.info("resumed after step %d", self.progress.step)
+
+
+def _layout(kind: str, device: torch.device, amp: str) -> torch.memory_format:
+    """The memory format that trains faster; channels last where convolutions dominate.
+
+    Tensor cores and bf16 kernels read channels last. In fp32 on the CPU it saves a classifier about
+    a seventh of the time, while a detector loses more in its RoI operators than it gains.
+    """
+    classifier = kind in ("backbone", "supernet") and device.type == "cpu"
+    return torch.channels_last if amp != "off" or classifier else torch.contiguous_format
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -10,4 +10,5 @@
 using __nv_bfloat16 = torch::headeronly::BFloat16;
 
 inline float __bfloat162float(__nv_bfloat16 value) { return value; }
+inline __nv_bfloat16 __float2bfloat16(float value) { return value; }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) { return value; }

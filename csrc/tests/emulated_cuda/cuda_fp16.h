@@ -10,4 +10,5 @@
 using __half = torch::headeronly::Half;
 
 inline float __half2float(__half value) { return value; }
+inline __half __float2half(float value) { return value; }
 inline __half __float2half_rn(float value) { return value; }

@@ -21,6 +21,8 @@
 #define __launch_bounds__(...)
 
 using cudaStream_t = void*;
+using cudaError_t = int;
+inline cudaError_t cudaGetLastError() { return 0; }
 
 struct dim3 {
   unsigned x, y, z;

@@ -1,6 +1,8 @@
-"""Turns a raw CUDA kernel file into C++ for the emulation beside this file: launches become calls.
+"""Turns the CUDA sources into C++ for the emulation beside this file.
 
-python translate.py INPUT.cu OUTPUT.cpp
+Launches become calls; the operators register for CPU tensors, in a library of another name.
+
+Usage: python translate.py INPUT OUTPUT
 """
 
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 LAUNCH = re.compile(
     r"(?P<kernel>\w+(?:<[^<>;]*>)?)\s*<<<(?P<setup>.*?)>>>\s*\((?P<arguments>.*?)\);", re.DOTALL
 )
+GUARD = re.compile(r"const torch::stable::accelerator::DeviceGuard guard\(.*?\);")
 
 
 def top_level_arguments(text: str) -> list[str]:
@@ -24,18 +27,17 @@ def top_level_arguments(text: str) -> list[str]:
     return parts
 
 
+def launch_as_call(match: re.Match[str]) -> str:
+    grid, threads, *_ = top_level_arguments(match["setup"])
+    body = f"{match['kernel']}({match['arguments']});"
+    return f"emulated::launch({grid},{threads}, [&] {{ {body} }});"
+
+
 def translate(source: str) -> str:
-    """The source with every launch replaced; fails where there is none."""
-
-    def call(match: re.Match[str]) -> str:
-        grid, threads, *_ = top_level_arguments(match["setup"])
-        body = f"{match['kernel']}({match['arguments']});"
-        return f"emulated::launch({grid},{threads}, [&] {{ {body} }});"
-
-    translated, count = LAUNCH.subn(call, source)
-    if count == 0:
-        sys.exit("no kernel launch found")
-    return translated
+    source = LAUNCH.sub(launch_as_call, source)
+    source = GUARD.sub("", source)
+    source = source.replace("_IMPL(detkit, CUDA, m)", "_IMPL(detkit_emulated, CPU, m)")
+    return source.replace("LIBRARY(detkit, m)", "LIBRARY(detkit_emulated, m)")
 
 
 if __name__ == "__main__":

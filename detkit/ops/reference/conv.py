@@ -68,15 +68,16 @@ def scaled_conv2d(
     with torch.autocast(input.device.type, enabled=False):
         x, w = input.to(dtype).to(compute), weight.to(dtype).to(compute)
         size = [(n + s - 1) // s for n, s in zip(x.shape[2:], stride, strict=True)]
-        y = x.new_zeros(x.shape[0], w.shape[0], *size)
-        centre_h, centre_w = w.shape[2] // 2, w.shape[3] // 2
-        for i in range(w.shape[2]):
+        w = w.unflatten(0, (groups, -1))  # (G, O/G, C/G, kh, kw)
+        columns = (x.shape[0], groups, w.shape[2], size[0] * size[1])
+        y = x.new_zeros(x.shape[0], groups, w.shape[1], columns[3])
+        centre_h, centre_w = w.shape[3] // 2, w.shape[4] // 2
+        for i in range(w.shape[3]):
             rows = _sample(x, 2, i - centre_h, scales[:, 0], size[0], stride[0])  # (N, C, Ho, W)
-            for j in range(w.shape[3]):
-                taps = _sample(
-                    rows, 3, j - centre_w, scales[:, 1], size[1], stride[1]
-                )  # (N, C, Ho, Wo)
-                y = y + F.conv2d(taps, w[:, :, i : i + 1, j : j + 1], groups=groups)
+            for j in range(w.shape[4]):
+                taps = _sample(rows, 3, j - centre_w, scales[:, 1], size[1], stride[1])
+                y = y + w[..., i, j] @ taps.reshape(columns)
+        y = y.reshape(x.shape[0], weight.shape[0], *size)
         if bias is not None:
             y = y + bias.to(dtype).to(compute).view(-1, 1, 1)
         return y.to(dtype)

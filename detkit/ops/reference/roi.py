@@ -83,7 +83,7 @@ def roi_align(
     )
     usable = _usable(rois, batch)
     image = torch.where(usable, rois[:, 0], 0).long()
-    flat = input.to(rois.dtype).permute(0, 2, 3, 1).reshape(-1, channels)  # (N*H*W, C)
+    flat = input.to(rois.dtype).permute(0, 2, 3, 1).flatten(0, 2)  # (N*H*W, C)
     base = (image * (height * width)).view(-1, 1, 1, 1, 1)
     pooled = _pool(flat, base, rows, columns, maximum=False)
     return torch.where(usable.view(-1, 1, 1, 1), pooled, torch.nan).to(input.dtype)
