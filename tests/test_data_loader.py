@@ -145,6 +145,14 @@ def test_every_pass_has_every_image_once(dataset: DetectionDataset) -> None:
     assert steps_per_epoch(dataset, settings()) == 2.5
 
 
+def test_views_change_from_pass_to_pass(tmp_path: Path) -> None:
+    folder = write_coco(tmp_path, [image(1)], [box(1)])
+    data = open_detection(str(folder), "train", DataConfig())
+    config = settings(data={"multi_scale": []}, train={"batch_size": 1})
+    views = [b.targets[0].boxes for [b] in take(data, config, 6)]
+    assert len({tuple(v.flatten().tolist()) for v in views}) == 6
+
+
 def test_a_set_smaller_than_a_batch(tmp_path: Path) -> None:
     folder = write_coco(tmp_path, [image(1), image(2)], [box(1)])
     data = open_detection(str(folder), "train", DataConfig())
@@ -165,6 +173,8 @@ def test_upright_and_lying_images_are_kept_apart(tmp_path: Path) -> None:
     counts = Counter(k.index for t in range(48) for k in plan.step(t))
     assert set(counts.values()) == {16}  # 48 steps of 4 are 16 passes of 12
     assert plan.step(20) == TrainPlan(data, settings()).step(20)
+    first = [step[0] for step in upright[:16]]
+    assert first != sorted(first)  # the two kinds take turns at random
 
 
 def test_one_scale_a_step(dataset: DetectionDataset) -> None:
@@ -218,6 +228,16 @@ def test_difficult_objects_are_ignored_in_training(tmp_path: Path) -> None:
     [batch] = take(data, settings(data={"min_crop": 1.0}), 1)[0]
     assert batch.targets[0].iscrowd.tolist() == [False, True]
     assert [a["difficult"] for a in data.truth()["annotations"]] == [0, 1]
+
+
+def test_what_a_cut_leaves_of_an_object_is_ignored(tmp_path: Path) -> None:
+    annotations = [box(1, bbox=[28, 18, 4, 4]), box(2, bbox=[0, 0, 20, 40])]
+    data = open_detection(str(write_coco(tmp_path, [image(1)], annotations)), "train", DataConfig())
+    config = settings(data={"min_crop": 0.5, "multi_scale": []}, train={"batch_size": 8})
+    targets = [t for [b] in take(data, config, 10) for t in b.targets]
+    seen = {(len(t.labels), bool(t.iscrowd[-1])) for t in targets}
+    assert seen == {(1, False), (2, False), (2, True)}  # cut away, kept, and a rest of it
+    assert not any(t.iscrowd[0] for t in targets)
 
 
 def test_evaluation_sees_every_image_once_in_order(dataset: DetectionDataset) -> None:
@@ -324,6 +344,18 @@ def test_workers_end_with_the_iterator(dataset: DetectionDataset) -> None:
     assert all(os.getpgid(c.pid or 0) != os.getpgrp() for c in children)
     batches.close()  # type: ignore[attr-defined]
     assert not any(c.is_alive() for c in children)
+
+
+def test_a_killed_worker_is_an_error_with_a_hint(dataset: DetectionDataset) -> None:
+    before = set(multiprocessing.active_children())
+    batches = train_batches(dataset, settings(data={"workers": 1}))
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - before
+    worker.kill()
+    worker.join()
+    with pytest.raises(DataError, match="lower data.workers"):
+        for _ in range(10):
+            next(batches)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detkit.ops import ps_roi_align, roi_align
 from detkit.ops._library import BUILD_INFO
-from detkit.ops._rois import as_rois
+from detkit.ops._rois import as_rois, check_deterministic
 from detkit.ops.reference import roi as reference
 
 needs_native = pytest.mark.skipif(not BUILD_INFO, reason="the extension is not built")
@@ -392,6 +392,24 @@ def test_threads_do_not_change_the_numbers(variant: Variant) -> None:
     for pooled, grad in results[1:]:
         assert torch.equal(pooled, results[0][0])
         assert torch.equal(grad, results[0][1])
+
+
+def test_deterministic_mode_is_obeyed() -> None:
+    class OnCuda:
+        is_cuda = True
+
+    cpu, cuda = torch.zeros(1), OnCuda()
+    check_deterministic("roi_align", cuda)  # type: ignore[arg-type]
+    try:
+        torch.use_deterministic_algorithms(True)
+        check_deterministic("roi_align", cpu)
+        with pytest.raises(RuntimeError, match="roi_align: its CUDA backward"):
+            check_deterministic("roi_align", cuda)  # type: ignore[arg-type]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with pytest.warns(UserWarning, match="not deterministic"):
+            check_deterministic("roi_align", cuda)  # type: ignore[arg-type]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @needs_native

@@ -73,7 +73,8 @@ def find(path: Path, split: str, images: str = "") -> list[Part]:
     Args:
         path: The data set's folder, or one annotation file (then every split is that file).
         split: ``train``, ``val``, ``trainval35k``, ``minival``, or the name in an annotation file
-            ``instances_<name>.json``; several are joined by ``+``.
+            ``instances_<name>.json``; several are joined by ``+``. Where there is a minival2014,
+            ``val`` is that one, since the rest of val2014 is trained on.
         images: Image folder given by the user, instead of the usual places.
     """
     given = (Path(images),) if images else ()

@@ -263,13 +263,30 @@ def _load(
         worker_init_fn=_init_worker,
         generator=torch.Generator(),  # not the global one: its next numbers are the model's
     )
-    for loaded in loader:
+    for loaded in _surviving(iter(loader)):
         if loaded.failure:
             raise DataError(loaded.failure)
         for index, problem in loaded.problems:
             _note(dataset, index, problem)
         if loaded.images is not None:
-            yield _finished(loaded, isinstance(dataset, DetectionDataset))
+            yield _finished(loaded, loaded.images, isinstance(dataset, DetectionDataset))
+
+
+def _surviving(batches: Iterator[_Loaded]) -> Iterator[_Loaded]:
+    """``batches``; a worker that was killed from outside is an error of ours, not of torch's."""
+    while True:
+        try:
+            loaded = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"data: every loader process must live, got {error}; "
+                "if memory ran out, lower data.workers or train.batch_size"
+            ) from error
+        yield loaded
 
 
 def _unchanged(loaded: Any) -> Any:
@@ -293,10 +310,7 @@ def _note(dataset: AnyDataset, index: int, problem: ImageFileError) -> None:
     _log.warning("left out: %s", problem)
 
 
-def _finished(loaded: _Loaded, detection: bool) -> AnyBatch:
-    images = loaded.images
-    if images is None:
-        raise DataError("batch: must hold an image, got none")
+def _finished(loaded: _Loaded, images: Tensor, detection: bool) -> AnyBatch:
     if not detection:
         labels = torch.tensor(np.array(loaded.labels, dtype=np.int64))
         return ClassificationBatch(images, labels, loaded.files)

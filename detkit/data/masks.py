@@ -16,7 +16,7 @@ def segmentation_fault(segmentation: Any, height: int, width: int) -> str:
         return _polygon_fault(segmentation)
     if isinstance(segmentation, dict):
         return _rle_fault(segmentation, height, width)
-    return f"a {type(segmentation).__name__}"
+    return f"a value of type {type(segmentation).__name__}"
 
 
 def _polygon_fault(polygons: list[Any]) -> str:

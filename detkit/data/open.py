@@ -13,7 +13,7 @@ from detkit.data.dataset import ClassificationDataset, DetectionDataset
 from detkit.data.problems import Report
 from detkit.data.raw import CleanOptions, RawSet
 from detkit.data.records import PackedJson
-from detkit.errors import DataError
+from detkit.errors import ConfigError, DataError
 from detkit.types import CategoryMap
 
 SYNTHETIC = "synthetic"
@@ -104,6 +104,11 @@ def read_raw(
     path: str, kind: str, split: str, config: DataConfig, *, need_images: bool = True
 ) -> RawSet:
     """What the annotation files of a split of a detection set say, before any check."""
+    if config.images and kind != "coco":
+        raise ConfigError(
+            f"data.images: must be empty for a {kind} set, whose image folders are fixed, "
+            f"got {config.images!r}"
+        )
     if kind == "voc":
         return voc.read(Path(path), split)
     if kind == "yolo":

@@ -1,8 +1,8 @@
 """The built-in set: shapes of eight classes over textured backgrounds, made from a seed.
 
-Colour and texture say nothing about the class, only the outline does; sizes run from 8 to 200
-pixels; later shapes cover earlier ones. Raw PCG64 output, integers and uncompressed PNG keep every
-byte the same on every machine.
+The outline makes the class; the hue only narrows it down to two or three. Sizes run from 8 to 200
+pixels, and later shapes cover earlier ones. Raw PCG64 output, integers and uncompressed PNG keep
+every byte the same on every machine.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ CROP_SIZE = 64
 
 _SPLITS = {"train": 0, "val": 1}
 # Longer side (from, below) and the summed percentage of objects: few so small that it is guesswork.
-_SIZES = ((8, 20, 8), (20, 48, 42), (48, 100, 80), (100, 201, 100))
+_SIZES = ((8, 20, 6), (20, 48, 34), (48, 100, 82), (100, 201, 100))
 _MAX_OBJECTS = 6
 # No object hides more than this share (percent) of another's pixels: each place that would is
 # given up for another one, and after so many tries the new object is left out.
 _HIDDEN = 40
 _PLACE_TRIES = 8
+# Colours drawn until one stands out from what the object covers.
+_COLOUR_TRIES = 20
 
 Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int16] | NDArray[np.int32] | NDArray[np.int64]
@@ -91,7 +93,7 @@ def scene(split: str, index: int, *, size: int = SIZE, seed: int = 0) -> Scene:
         outline = _placed(dice, shape, size, outlines, visible)
         if outline is None:
             continue
-        _paint(dice, image, outline)
+        _paint(dice, image, outline, label - 1)
         visible = [v & ~outline for v in visible] + [outline]
         outlines.append(outline)
         labels.append(label)
@@ -106,7 +108,7 @@ def crop(split: str, index: int, *, seed: int = 0) -> tuple[Pixels, int]:
     longer = dice.between(CROP_SIZE * 5 // 10, CROP_SIZE * 15 // 16)
     mask = _outline(dice, label, longer)
     outline = _at_random_place(dice, mask, CROP_SIZE)
-    _paint(dice, image, outline)
+    _paint(dice, image, outline, label)
     return image.astype(np.uint8), label
 
 
@@ -182,26 +184,39 @@ def _bounds(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _background(dice: _Dice, height: int, width: int) -> Ints:
-    """(H, W, 3) values 0..255: two muted colours mixed by a pattern, with grain."""
-    base = dice.bytes(3).astype(np.int16) // 2 + 64
-    other = base + dice.bytes(3).astype(np.int16) // 3 - 42
-    return _textured(dice, base, other, height, width, grain=16)
+    """(H, W, 3) values 0..255: two greyish colours mixed by a pattern, with grain."""
+    base = dice.between(64, 192) + dice.bytes(3).astype(np.int16) // 5 - 25
+    other = base + dice.between(-32, 33) + dice.bytes(3).astype(np.int16) // 10 - 12
+    return _textured(dice, base, other, height, width, grain=12)
 
 
-def _paint(dice: _Dice, image: Ints, outline: NDArray[np.bool_]) -> None:
-    """Fill ``outline`` with a texture whose colour stands out from what it covers."""
+def _paint(dice: _Dice, image: Ints, outline: NDArray[np.bool_], shape: int) -> None:
+    """Fill ``outline`` with a texture in a colour of the class that stands out from below it."""
     x, y, w, h = _bounds(outline)
     region = image[y : y + h, x : x + w]
     inside = outline[y : y + h, x : x + w]
     under = (region[inside].sum(axis=0, dtype=np.int64) // int(inside.sum())).astype(np.int16)
-    for _ in range(20):
-        base = dice.bytes(3).astype(np.int16)
-        if int(np.abs(base - under).sum()) >= 200:
+    for _ in range(_COLOUR_TRIES):
+        base = _colour(dice, shape)
+        if int(np.abs(base - under).sum()) >= 150:
             break
-    else:
-        base = np.where(under < 128, under + 110, under - 110)
-    other = base + dice.bytes(3).astype(np.int16) // 4 - 32
-    region[inside] = _textured(dice, base, other, h, w, grain=12)[inside]
+    other = base + dice.bytes(3).astype(np.int16) // 5 - 25
+    region[inside] = _textured(dice, base, other, h, w, grain=8)[inside]
+
+
+def _colour(dice: _Dice, shape: int) -> Ints:
+    """RGB of a hue near the class's own, of any brightness and not too pale.
+
+    The circle of hues has 1536 steps. A hue lies up to 256 steps from its class's, and classes are
+    192 apart, so that each hue belongs to two or three classes and the outline has to decide.
+    """
+    hue = (192 * shape + dice.between(-256, 257)) % 1536
+    rise, place = hue % 256, hue // 256
+    full = [(255, rise, 0), (255 - rise, 255, 0), (0, 255, rise), (0, 255 - rise, 255)]
+    full += [(rise, 0, 255), (255, 0, 255 - rise)]
+    pale, bright = dice.below(128), dice.between(128, 256)
+    saturated = np.array(full[place], dtype=np.int32)
+    return ((saturated * (255 - pale) // 255 + pale) * bright // 255).astype(np.int16)
 
 
 def _textured(dice: _Dice, base: Ints, other: Ints, height: int, width: int, grain: int) -> Ints:

@@ -1,4 +1,4 @@
-"""Box arithmetic in plain PyTorch, differentiable, on any device and in any floating dtype.
+"""Box arithmetic in plain PyTorch, differentiable, on any device; half precisions widen to float32.
 
 Letters: A boxes of the first set, G of the second. A NaN coordinate or delta makes the result of
 that box (its row or column of an IoU matrix) NaN and touches no other.
@@ -16,8 +16,14 @@ MAX_LOG_RATIO = math.log(1000 / 16)
 """Largest predicted log growth of a side: a 16-pixel anchor becomes 1000 pixels at most."""
 
 
+def _wide(boxes: Tensor) -> Tensor:
+    """At least float32: the area of a 300-pixel box overflows float16."""
+    return boxes if boxes.dtype == torch.float64 else boxes.float()
+
+
 def area(boxes: Tensor) -> Tensor:
     """Width times height of xyxy boxes (..., 4) -> (...); inverted boxes keep the sign."""
+    boxes = _wide(boxes)
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
@@ -44,8 +50,8 @@ def overlap_share(a: Tensor, b: Tensor) -> Tensor:
 
 def _intersection(a: Tensor, b: Tensor) -> Tensor:
     """Common area of every pair, (A, G), one coordinate at a time: long rows vectorise."""
-    ax1, ay1, ax2, ay2 = a[:, :, None].unbind(1)  # each (A, 1)
-    bx1, by1, bx2, by2 = b.t().contiguous()  # each (G,)
+    ax1, ay1, ax2, ay2 = _wide(a)[:, :, None].unbind(1)  # each (A, 1)
+    bx1, by1, bx2, by2 = _wide(b).t().contiguous()  # each (G,)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
     return width * height
@@ -72,6 +78,7 @@ def encode(
     Returns:
         (A, 4) targets.
     """
+    boxes, anchors = _wide(boxes), _wide(anchors)
     size = boxes[:, 2:] - boxes[:, :2]
     anchor_size = anchors[:, 2:] - anchors[:, :2]
     shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) * 0.5 / anchor_size
@@ -90,8 +97,9 @@ def decode(
         weights: As given to :func:`encode`.
 
     Returns:
-        xyxy boxes in the shape of ``deltas``, in the dtype of ``anchors``.
+        xyxy boxes in the shape of ``deltas``, in the dtype of ``anchors``, at least float32.
     """
+    anchors = _wide(anchors)
     deltas = deltas.to(anchors.dtype) / anchors.new_tensor(weights)
     if deltas.ndim == 3:
         anchors = anchors[:, None]  # (A, 1, 4)
