@@ -9,8 +9,6 @@ import click
 from detkit.cli.options import Common, common_options
 from detkit.cli.training import run_training, training_options
 
-DEFAULT_RECIPE = "tiny/frcnn-fpn"
-
 
 @click.command("finetune")
 @click.option(
@@ -47,4 +45,4 @@ def command(common: Common, **options: Any) -> int:
       detkit finetune --data cells --detector frcnn-fpn --backbone detnet59 --init-from backbone.pth
       detkit finetune --data cells --resume auto
     """
-    return run_training("finetune", common, DEFAULT_RECIPE, **options)
+    return run_training("finetune", common, **options)

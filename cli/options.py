@@ -35,12 +35,9 @@ class Common:
     debug: bool = False
     flags: Tables = field(default_factory=dict)
 
-    def layers(self, default_recipe: str | None = None) -> list[Mapping[str, Any]]:
-        """Recipe, file, flags, ``--set`` and ``--seed``, in the order they apply."""
-        recipe = self.recipe or default_recipe
+    def layers(self) -> list[Mapping[str, Any]]:
+        """Config file, flags, ``--set`` and ``--seed``, in the order they apply."""
         layers: list[Mapping[str, Any]] = []
-        if recipe:
-            layers.append(configs.read_toml(configs.recipe_path(recipe)))
         if self.config_file:
             layers.append(configs.read_toml(self.config_file))
         layers.append(self.flags)
@@ -48,12 +45,6 @@ class Common:
         if self.seed is not None:
             layers.append({"train": {"seed": self.seed}})
         return layers
-
-    def names_a_model(self) -> bool:
-        """Whether flags, files or ``--set`` choose the architecture."""
-        return any(
-            {"detector", "backbone"} & set(layer.get("model", {})) for layer in self.layers()
-        )
 
 
 _COMMON = (

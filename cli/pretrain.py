@@ -9,8 +9,6 @@ import click
 from detkit.cli.options import Common, common_options
 from detkit.cli.training import run_training, training_options
 
-DEFAULT_RECIPE = "tiny/pretrain"
-
 
 @click.command("pretrain")
 @training_options
@@ -34,4 +32,4 @@ def command(common: Common, **options: Any) -> int:
       detkit pretrain --data digits --recipe tiny/pretrain
       detkit pretrain --data digits --backbone detnet59-tiny --epochs 30 --json
     """
-    return run_training("pretrain", common, DEFAULT_RECIPE, **options)
+    return run_training("pretrain", common, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from detkit import config as configs
-from detkit.cli.options import Common, Tables, emit, show_plan
+from detkit.cli.options import Common, emit, show_plan
 from detkit.errors import ConfigError
 
 
@@ -29,7 +29,6 @@ def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def run_training(
     kind: str,
     common: Common,
-    default_recipe: str,
     *,
     resume: str | None,
     gpus: int | None,
@@ -39,20 +38,13 @@ def run_training(
     """Resolve the settings, train, and show where the results are; returns the exit code."""
     from detkit import api  # loads torch, which --help must not
 
-    chosen = common.recipe or common.config_file or init_from
-    recipe = None if chosen or common.names_a_model() else default_recipe
-    if recipe:
-        click.echo(f"using recipe {recipe}", err=True)
-    plain_start = not (chosen or common.flags.get("data"))
-    if kind == "finetune" and plain_start:
+    if kind == "finetune" and init_from is None and _is_bare(common):
         init_from = api.newest_checkpoint("pretrain", required=False)
-        note = (
-            f"starting from {init_from}"
-            if init_from
-            else "no pretrain run found: starting from scratch"
-        )
-        click.echo(note, err=True)
-    config = api.resolve_config([*_base(kind), *common.layers(recipe)], init_from=init_from)
+        found = f"starting from {init_from}" if init_from else "no pretrain run: from scratch"
+        click.echo(found, err=True)
+    config = api.resolve_config(
+        kind, common.layers(), recipe=common.recipe, init_from=init_from, resume=resume
+    )
     config = api.with_length(config)
     api.check_metric(kind, config)
     _check_data(config, common)
@@ -67,8 +59,10 @@ def run_training(
     return 0
 
 
-def _base(kind: str) -> list[Tables]:
-    return [{"eval": {"metric": "top1"}}] if kind == "pretrain" else []
+def _is_bare(common: Common) -> bool:
+    """Whether neither data nor settings of a model are given."""
+    flags = {key for table in common.flags.values() for key in table}
+    return not (common.recipe or common.config_file or {"path", "backbone", "detector"} & flags)
 
 
 def _check_data(config: configs.Config, common: Common) -> None:

@@ -47,6 +47,7 @@ from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
 DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
+DEFAULT_RECIPES = {"pretrain": "tiny/pretrain", "finetune": "tiny/frcnn-fpn"}
 VOC_METRICS = ("voc07", "voc12")
 COCO_CLASSES = 80
 _KINDS = {"pretrain": "backbone", "finetune": "detector"}
@@ -113,31 +114,63 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def resolve_config(
-    layers: Iterable[Mapping[str, Any]], init_from: str | Path | None = None
+    command: str,
+    layers: Iterable[Mapping[str, Any]] = (),
+    *,
+    recipe: str | None = None,
+    init_from: str | Path | None = None,
+    resume: str | None = None,
 ) -> Config:
-    """Apply the layers in order; where they name no architecture, take it from ``init_from``.
+    """Settings of a training: what it starts from, then ``layers`` in order, last wins.
+
+    A run to resume starts from its own settings. Else a recipe does, by default the command's tiny
+    one; a detector to start from brings its own settings unless a recipe is named. The
+    architecture, and the normalisation of images, are those of ``init_from``.
+
+    Args:
+        command: ``pretrain`` or ``finetune``.
+        layers: tables of settings, as a config file or ``--set`` gives them.
+        recipe: name of a recipe.
+        init_from: checkpoint to start from.
+        resume: run to continue, or ``auto``.
 
     Raises:
-        CheckpointError: the layers name another architecture than the checkpoint has.
+        ConfigError: an unknown recipe, key or value.
+        CheckpointError: the layers name another architecture than ``init_from`` has.
     """
-    layers = list(layers)
-    if init_from is None:
-        return configs.resolve(layers)
-    stored = checkpoints.load(init_from)
-    shape_tables = (
-        ("model",) if stored["kind"] == "backbone" else ("model", "anchors", "rpn", "box")
-    )
-    base = {table: dict(stored["config"][table]) for table in shape_tables}
-    if stored["kind"] == "backbone":
-        base["model"] = {key: base["model"][key] for key in ("backbone", "norm")}
-    config = configs.resolve([base, *layers])
-    for key, ours in base["model"].items():
-        got = getattr(config.model, key)
-        if key in ("backbone", "detector") and got != ours:
+    if resume not in (None, "auto"):
+        return configs.resolve(layers, _resumable(str(resume)).config())
+    stored = checkpoints.load(init_from) if init_from else None
+    start: list[Mapping[str, Any]] = []
+    if recipe or stored is None or stored["kind"] == "backbone":
+        name = recipe or DEFAULT_RECIPES[command]
+        log.info("recipe %s", name)
+        start.append(configs.read_toml(configs.recipe_path(name)))
+    if stored is None:
+        return configs.resolve([*start, *layers])
+    own = _own_settings(stored, whole=not start)
+    config = configs.resolve([*start, own, *layers])
+    for key in {"backbone", "detector"} & own["model"].keys():
+        got, ours = getattr(config.model, key), own["model"][key]
+        if got != ours:
             raise CheckpointError(
                 f"{init_from}: model.{key} must agree with the checkpoint's {ours!r}, got {got!r}"
             )
     return config
+
+
+def _own_settings(stored: checkpoints.Checkpoint, *, whole: bool) -> dict[str, dict[str, Any]]:
+    """What a training takes over from the checkpoint it starts from: all of it, or the shape."""
+    config = {table: dict(values) for table, values in stored["config"].items()}
+    for key in ("path", "split", "val_split", "images"):
+        del config["data"][key]
+    if whole:
+        return config
+    pixels = {key: config["data"][key] for key in ("mean", "std")}
+    if stored["kind"] == "backbone":
+        shape = {key: config["model"][key] for key in ("backbone", "norm")}
+        return {"model": shape, "data": pixels}
+    return {table: config[table] for table in ("model", "anchors", "rpn", "box")} | {"data": pixels}
 
 
 def newest_checkpoint(command: str, *, required: bool = True) -> str | None:
@@ -239,6 +272,10 @@ def train(
         _same_categories(train_set.categories, val_set.categories)
         torch.manual_seed(config.train.seed)
         model = build(config, train_set.categories, _KINDS[command])
+        if config.model.norm == "frozen_bn" and not (init_from or resume):
+            log.warning(
+                "model.norm=frozen_bn normalises nothing without --init-from; take bn or gn"
+            )
         if init_from is not None:
             _initialise(model, init_from, train_set.categories, allow_partial)
         run, resumed = _run_folder(command, config, out, resume)
@@ -313,16 +350,20 @@ def _to_resume(
     if resume is None:
         return None
     if resume != "auto":
-        run = RunFolder(Path(resume).parent if Path(resume).is_file() else resume)
-        if not run.last.is_file():
-            raise CheckpointError(
-                f"--resume {resume}: must be a run folder with last.pth, got none there"
-            )
-        return run
+        return _resumable(resume)
     if out is not None:
         run = RunFolder(out)
         return run if run.last.is_file() else None
     return same_run(command, config)
+
+
+def _resumable(path: str) -> RunFolder:
+    run = RunFolder(Path(path).parent if Path(path).is_file() else path)
+    if not run.last.is_file():
+        raise CheckpointError(
+            f"--resume {path}: must be a run folder with last.pth, got none there"
+        )
+    return run
 
 
 def _validate(
@@ -560,9 +601,9 @@ def demo(
     folder = Path(out) if out else Path("runs/demo") / time.strftime("%Y%m%d-%H%M%S")
     result: dict[str, Any] = {}
     for command in ("pretrain", "finetune"):
-        recipe = configs.read_toml(configs.recipe_path(f"demo/{command}"))
         first = result.get("pretrain", {}).get("checkpoint")
-        config = resolve_config([recipe, *layers], init_from=first)
+        recipe = f"demo/{command}"
+        config = resolve_config(command, layers, recipe=recipe, init_from=first)
         result[command] = train(
             command, config, out=folder / command, device=device, init_from=first, on_step=on_step
         )
