@@ -16,7 +16,7 @@ DEPS := $(if $(VENV),$(VENV)/.deps)
 CSRC := $(shell find csrc -type f)
 CMAKE = cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(shell command -v $(RUN)))
 
-.PHONY: setup build test test-gpu kernels peer gpu bench fmt lint types check ctest sanitize demo clean FORCE
+.PHONY: setup build test test-gpu kernels peer carry gpu bench fmt lint types check ctest sanitize demo clean FORCE
 
 setup: $(DEPS)
 build: build/.ext
@@ -63,7 +63,11 @@ kernels: $(DEPS)
 peer: $(DEPS)
 	$(DETKIT_SHARED)/tools/torchvision_cpu/setup.sh .peer
 
-# Everything that needs a GPU: build, tests, benchmarks.
+# What `make gpu` needs where there is neither network nor data goes into .carry/.
+carry: $(DEPS)
+	PYTHON=$(RUN) tools/carry.sh
+
+# Everything that needs a GPU: build, tests, benchmarks, a training run.
 gpu:
 	PYTHON=$(RUN) tools/gpu.sh
 
