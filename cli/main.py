@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def _unexpected(error: Exception, arguments: list[str]) -> int:
 def _fail(message: str, code: int, arguments: list[str]) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
-    if "--json" in arguments:
+    if "--json" in arguments and os.environ.get("RANK", "0") == "0":  # one object, of one process
         click.echo(json.dumps({"error": message, "exit_code": code}))
     else:
         click.echo(f"Error: {message}", err=True)

@@ -747,6 +747,28 @@ def test_compiles_whole(device: str, grad: bool) -> None:
                 assert_close(a, b, 1e-5)
 
 
+def test_compiles_under_autocast(device: str) -> None:
+    module = Layers().to(device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x, scales = layer_inputs(2, 9, 10, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, expected = compiled(x, scales), module(x, scales)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    inputs = [scales, module.w, module.v, module.bias]
+    for a, b in zip(gradients(y, inputs), gradients(expected, inputs), strict=True):
+        assert_close(a, b, 1e-5)
+
+
+@needs_native
+def test_inference_mode(device: str) -> None:
+    module = Layers().to(device)
+    x, scales = layer_inputs(2, 17, 18, device)
+    with torch.inference_mode():
+        y = module(x, scales)
+    assert torch.equal(y, module(x, scales))
+
+
 @pytest.mark.slow
 def test_compiles_with_inductor() -> None:
     module = Layers()

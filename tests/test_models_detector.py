@@ -169,7 +169,6 @@ def test_classifier_learns_from_the_last_map() -> None:
     [
         ({"model": {"detector": "frcn-fpn"}}, "did you mean 'frcnn-fpn'"),
         ({"model": {"backbone": "detnet-59"}}, "did you mean 'detnet59'"),
-        ({"model": {"scales": "learn"}}, "model.scales: must be 'off' for frcnn-fpn"),
         ({"anchors": {"sizes": [8, 16]}}, "anchors.sizes: must be one side for each of p2, p3"),
     ],
 )

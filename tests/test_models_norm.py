@@ -11,7 +11,15 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from detkit.errors import ConfigError
-from detkit.models.norm import NORMS, FrozenBatchNorm2d, SyncBatchNorm2d, group_norm, norm_named
+from detkit.models.norm import (
+    NORMS,
+    FrozenBatchNorm2d,
+    SyncBatchNorm2d,
+    group_norm,
+    norm_named,
+    normalise_rows,
+    rows_norm,
+)
 
 
 def test_frozen_norm_never_changes_and_applies_its_statistics() -> None:
@@ -61,6 +69,19 @@ def test_sync_norm_alone_is_batch_norm() -> None:
     x = torch.randn(8, 4, 3, 3)
     assert torch.equal(ours(x), peer(x))
     assert all(torch.equal(v, peer.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5])
+@pytest.mark.parametrize("name", ["none", "bn", "sync_bn", "gn"])
+def test_rows_of_any_number_normalise_with_gradients(name: str, rows: int) -> None:
+    norm = rows_norm(name)(16).train()
+    x = torch.randn(rows, 16, requires_grad=True)
+    out = normalise_rows(norm, x)
+    assert out.shape == x.shape and out.isfinite().all()
+    assert rows == 0 or out.std() > 0.1  # groups of single numbers would all become zero
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in norm.parameters())
+    assert all(v.isfinite().all() for v in norm.state_dict().values())
 
 
 # Uneven shares and a mean far above the deviation, where a one-pass variance would cancel.

@@ -9,12 +9,15 @@
 namespace detkit::cpu {
 namespace {
 
-constexpr int64_t kColumnBytes = int64_t(2)
-                                 << 20;  // of a task, so that columns stay in a near cache
-constexpr int64_t kFewPixels = 256;      // of a product: with fewer, packing the weights dominates
-constexpr int64_t kChannelBlock = 16;    // input channels of a backward task
-constexpr int64_t kSmallProduct =
-    512;  // weights below which a library call costs more than it saves
+// Columns of a task: they should stay in a near cache, and yet be many enough pixels that packing
+// the weights for each product does not dominate.
+constexpr int64_t kColumnBytes = int64_t(2) << 20;
+constexpr int64_t kFewPixels = 256;
+// Input channels of a backward task at most, and tasks there should be at least.
+constexpr int64_t kChannelBlock = 16;
+constexpr int64_t kBackwardTasks = 8;
+// Weights of a group below which calling a library costs more than it saves.
+constexpr int64_t kSmallProduct = 512;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -203,22 +206,26 @@ struct Road {
           sample(input, group, 0, shape.group_in, space, first, last, joined, columns.get(),
                  line.get());
         }
-        const Matrix<T> a{weight + group * shape.group_out * depth, shape.group_out, depth, depth,
-                          1};
-        const Matrix<T> out = outputs(output, joined, group, space, first, last);
-        const T* shift = bias == nullptr ? nullptr : bias + group * shape.group_out;
-        T* to = const_cast<T*>(out.data);
-        if (small()) {
-          small_gemm<T>(a.rows, size, depth, a.data, b.data, b.row_stride, shift, to,
-                        out.row_stride, out.col_stride, line.get());
-        } else {
-          gemm(a, b, out);
-          if (shift != nullptr) {
-            add_bias<T>(shift, to, a.rows, size, out.row_stride, out.col_stride);
-          }
-        }
+        multiply(weight + group * shape.group_out * depth, b,
+                 bias == nullptr ? nullptr : bias + group * shape.group_out,
+                 outputs(output, joined, group, space, first, last), line.get());
       }
     });
+  }
+
+  // out = weight b + bias, for one group.
+  void multiply(const T* weight, const Matrix<T>& b, const T* bias, const Matrix<T>& out,
+                A* line) const {
+    T* to = const_cast<T*>(out.data);
+    if (small()) {
+      small_gemm<T>(out.rows, out.cols, b.rows, weight, b.data, b.row_stride, bias, to,
+                    out.row_stride, out.col_stride, line);
+      return;
+    }
+    gemm<T>({weight, out.rows, b.rows, b.rows, 1}, b, out);
+    if (bias != nullptr) {
+      add_bias<T>(bias, to, out.rows, out.cols, out.row_stride, out.col_stride);
+    }
   }
 };
 
@@ -227,7 +234,8 @@ struct ChannelBlocks {
   int64_t size, per_group;
 
   explicit ChannelBlocks(const ConvShape& shape) {
-    size = std::min(shape.group_in, kChannelBlock);
+    const int64_t shared = ceil_div(shape.groups * shape.group_in, kBackwardTasks);
+    size = std::min({shared, shape.group_in, kChannelBlock});
     per_group = ceil_div(shape.group_in, size);
   }
 };

@@ -76,8 +76,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or batches is None or self.momentum is None:
             raise ValueError("SyncBatchNorm2d: must track running statistics with a momentum")
-        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not (self.training and together):
+        if not (self.training and _many_processes()):
             return super().forward(x)
         batches.add_(1)
         if x.is_cuda:
@@ -94,6 +93,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         dims, shape = (0, 2, 3), (1, -1, 1, 1)
         count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
         dist.all_reduce(count)
+        count.clamp_(min=1)  # no process may have rows
         mean = _AllReduceSum.apply(values.sum(dims)) / count
         centred = values - mean.view(shape)
         var = _AllReduceSum.apply(centred.square().sum(dims)) / count
@@ -103,6 +103,35 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         scale = self.weight * (var + self.eps).rsqrt()
         out: Tensor = centred * scale.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
+
+
+def _many_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rows_norm(name: str) -> Norm:
+    """As :func:`norm_named` for rows (R, C, 1, 1), where small groups would be single numbers:
+    group norm takes all channels together.
+    """
+    return one_group if name == "gn" else norm_named(name)
+
+
+def normalise_rows(norm: nn.Module, rows: Tensor) -> Tensor:
+    """``norm`` of rows (R, C); a single row has no deviation and takes the running statistics."""
+    x = rows[..., None, None]
+    together = isinstance(norm, SyncBatchNorm2d) and _many_processes()
+    if isinstance(norm, nn.BatchNorm2d) and norm.training and len(rows) == 1 and not together:
+        out = F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+        )
+    else:
+        out = norm(x)
+    return out.flatten(1)
+
+
+def one_group(channels: int) -> nn.GroupNorm:
+    """Group norm of all channels together."""
+    return nn.GroupNorm(1, channels)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -15,8 +15,8 @@ POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 CROWD_SHARE = 0.7
 """A box with this share of its area inside one crowd region is not background."""
 
-_CHUNK = 1 << 18
-"""Largest number of IoUs held at once: a few megabytes, so that they stay in the cache."""
+_CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 23
+"""Largest number of IoUs held at once: a CPU's should stay in its cache, a GPU's be few calls."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ def match(
     bg_iou: float,
     *,
     keep_best: bool = False,
-    chunk: int = _CHUNK,
+    chunk: int = 0,
 ) -> Matches:
     """Compare boxes with the truth of their image.
 
@@ -53,13 +53,15 @@ def match(
         bg_iou: Upper bound of a negative's IoU.
         keep_best: The boxes nearest to a truth box are positive at any overlap (ties included);
             they keep their own best truth box.
-        chunk: Largest number of IoUs held at once.
+        chunk: Largest number of IoUs held at once; 0 chooses.
     """
+    chunk = chunk or (_CPU_CHUNK if boxes.device.type == "cpu" else _GPU_CHUNK)
     truth = target.boxes[~target.iscrowd]
     best, index, nearest = _best_overlaps(boxes, truth, keep_best, chunk)
     label = torch.full_like(index, IGNORED, dtype=torch.int8)
     label[best < bg_iou] = NEGATIVE
-    label[best >= fg_iou] = POSITIVE
+    if len(truth):
+        label[best >= fg_iou] = POSITIVE
     label[nearest] = POSITIVE
     crowd = target.boxes[target.iscrowd]
     if len(crowd):
@@ -84,15 +86,16 @@ def _best_overlaps(
             torch.max(iou, 0, out=(best[part], index[part]))
             if keep_best:
                 peak = iou.amax(1)
+                rows = ((peak >= top) & (peak > 0)).nonzero().flatten()
                 top = torch.maximum(top, peak)
-                which, where = ((iou == peak[:, None]) & (iou > 0)).nonzero(as_tuple=True)
-                candidates.append((peak[which], which, where + start))
+                row, where = (iou[rows] == peak[rows, None]).nonzero(as_tuple=True)
+                candidates.append((peak[rows[row]], rows[row], where + start))
         value, which, where = (torch.cat(c) for c in zip(*candidates, strict=True))
         return best, index, where[value == top[which]]
     return best, index, index[:0]
 
 
-def inside_crowd(boxes: Tensor, crowd: Tensor, chunk: int = _CHUNK) -> Tensor:
+def inside_crowd(boxes: Tensor, crowd: Tensor, chunk: int) -> Tensor:
     """(B,) bool: CROWD_SHARE of a box or more lies in one of the regions (C, 4), C > 0."""
     parts = boxes.split(max(1, chunk // len(crowd)))
     return torch.cat([box_ops.overlap_share(part, crowd).amax(1) for part in parts]) >= CROWD_SHARE

@@ -1,6 +1,4 @@
-"""What the three convolutions share: argument checks and the dispatcher's layout, autocast and
-backward rules.
-"""
+"""What the three convolutions share: argument checks, rules of layout, autocast and backward."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ def pair(op: str, name: str, value: IntPair, least: int) -> list[int]:
 def check_tensors(
     op: str, input: Tensor, weights: Sequence[Tensor], bias: Tensor | None, outputs: int
 ) -> None:
-    """Check rank, floating dtype and device of one convolution's tensors; it has ``outputs``
-    channels.
-    """
+    """Check rank, dtype and device of the tensors of a convolution with ``outputs`` channels."""
     require(input.dim() == 4, op, "input must be (N, C, H, W)", f"shape {tuple(input.shape)}")
     require(input.is_floating_point(), op, "input must be floating point", input.dtype)
     mixed = torch.is_autocast_enabled(input.device.type)  # autocast makes the dtypes equal later
@@ -90,9 +86,7 @@ def empty_grad(tensor: Tensor, needed: bool) -> Tensor:
 
 
 def save_input(ctx: Any, input: Tensor, needed: bool, *others: Tensor) -> None:
-    """Save ``others`` for backward, and ``input`` if its values are ``needed``, else its shape and
-    layout.
-    """
+    """Save ``others`` for backward, and ``input``, or just its shape if that is all it needs."""
     ctx.save_for_backward(*((input,) if needed else ()), *others)
     ctx.input_saved = needed
     ctx.input_shape, ctx.input_format = input.shape, memory_format(input)
@@ -121,8 +115,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def register_autocast(
     library: torch.library.Library, name: str, apply: Callable[..., Tensor], casts: Sequence[int]
 ) -> None:
-    """Give ``detkit::name`` the rule that its arguments at positions ``casts`` take the autocast
-    dtype.
+    """Let autocast cast the arguments of ``detkit::name`` at positions ``casts``.
 
     ``torch.library.register_autocast`` casts every tensor (scales must stay float32), and to a
     dtype that is fixed at registration.

@@ -89,14 +89,14 @@ def _per_sample(input: Tensor, scales: Tensor) -> Tensor:
 
 
 def _require_finite(scales: Tensor, native: bool) -> None:
-    """Refuse NaN and infinite scales on the CPU; the native kernel does so itself while a graph is
-    traced.
-    """
-    message = f"{_OP}: scales must be finite"
-    if not torch.compiler.is_compiling():
-        rules.require(bool(scales.isfinite().all()), _OP, "scales must be finite", scales.tolist())
-    elif not native:
-        torch._assert_async(scales.isfinite().all(), message)
+    """Refuse NaN and infinite scales on the CPU; in a traced graph the native kernel does so."""
+    if torch.compiler.is_compiling():
+        if not native:
+            torch._assert_async(scales.isfinite().all(), f"{_OP}: scales must be finite")
+    elif not scales.isfinite().all():
+        sample = int((~scales.isfinite()).any(1).nonzero()[0])
+        got = f"{scales[sample].tolist()} of sample {sample}"
+        raise ValueError(f"{_OP}: scales must be finite, got {got}")
 
 
 def _fake(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from detkit.config import BoxConfig
 from detkit.models import losses, targets
 from detkit.models.heads.roi import RoiHead, RoiPooler, to_rois
-from detkit.models.norm import norm_named
+from detkit.models.norm import normalise_rows, rows_norm
 from detkit.ops import batched_nms
 from detkit.ops import boxes as box_ops
 from detkit.types import Detections, Target
@@ -31,7 +31,7 @@ class BoxPredictor(nn.Module):
         self, cin: int, channels: int, num_classes: int, class_agnostic: bool, norm: str = "none"
     ) -> None:
         super().__init__()
-        make_norm = norm_named(norm)
+        make_norm = rows_norm(norm)
         # layers shaped by the classes: rows before the first class, rows per class
         self.class_rows = {"classes": (1, 1)} | ({} if class_agnostic else {"boxes": (0, 4)})
         self.fc1 = nn.Linear(cin, channels)
@@ -51,7 +51,7 @@ class BoxPredictor(nn.Module):
         """Logits (R, K + 1), background first, and deltas (R, 1 or K, 4) of (R, C, h, w)."""
         x = pooled.flatten(1)
         for layer, norm in ((self.fc1, self.norm1), (self.fc2, self.norm2)):
-            x = torch.relu(norm(layer(x)[..., None, None]).flatten(1))
+            x = torch.relu(normalise_rows(norm, layer(x)))
         return self.classes(x), self.boxes(x).unflatten(1, (-1, 4))
 
 

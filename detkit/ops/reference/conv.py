@@ -1,9 +1,9 @@
 """Reference of the dilated, split and scaled convolutions, plain PyTorch on any device.
 
 ``scaled_conv2d`` is the convolution of POD (Peng et al., ICCV 2019, section 3.1) whose taps lie at
-real-valued distances from the output's centre: tap ``i`` samples at ``i * d``. The distance ``|i| *
-d`` is split into ``floor`` and fraction, so that at integers every tap takes the derivative towards
-the larger dilation, on both sides of the centre alike.
+real-valued distances from the output's centre: tap ``i`` samples at ``i * d``. The distance
+``|i| * d`` is split into whole part and fraction, so that at integers every tap takes the
+derivative towards the larger dilation, on both sides of the centre alike.
 """
 
 from __future__ import annotations
@@ -84,16 +84,12 @@ def scaled_conv2d(
 
 
 def _sample(x: Tensor, dim: int, tap: int, scale: Tensor, size: int, stride: int) -> Tensor:
-    """``x`` along ``dim`` at ``p * stride + tap * scale``, p < size; zero outside, one scale per
-    sample.
-    """
+    """``x`` along ``dim`` at ``p * stride + tap * scale``, p < size; zero outside; scale (N,)."""
     length, sign = x.shape[dim], (tap > 0) - (tap < 0)
     distance = abs(tap) * scale  # (N,); NaN for a non-finite scale and tap 0 too
     whole = distance.detach().floor()
     fraction = (distance - whole).view(-1, 1, 1, 1)
-    near = (
-        whole.nan_to_num(0.0).clamp(-length - 1, length).long()
-    )  # further away lies nothing but zeros
+    near = whole.nan_to_num(0.0).clamp(-length - 1, length).long()  # beyond lie only zeros
     corners = [_shifted(x, dim, sign * (near + step), size, stride) for step in (0, 1)]
     y: Tensor = _Lerp.apply(corners[0], corners[1], fraction)
     return y
@@ -110,9 +106,7 @@ def _shifted(x: Tensor, dim: int, offset: Tensor, size: int, stride: int) -> Ten
 
 
 class _Lerp(torch.autograd.Function):
-    """``(1 - f) a + f b``; f = 0 takes ``a`` alone (a NaN in ``b`` stays there) but keeps the
-    derivative ``b - a``.
-    """
+    """``(1 - f) a + f b``; at f = 0 just ``a``, though ``b`` be NaN, with derivative ``b - a``."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, f: Tensor) -> Tensor:
