@@ -39,7 +39,7 @@ build/.ext: build/.abi setup.py $(CSRC)
 	@touch $@
 
 test: build/.ext
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests --durations=10
 
 test-gpu: build/.ext
 	$(RUN) -m pytest tests -m gpu

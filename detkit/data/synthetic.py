@@ -1,6 +1,6 @@
 """The built-in set: shapes of eight classes over textured backgrounds, made from a seed.
 
-The outline makes the class; the hue only narrows it down to two or three. Sizes run from 8 to 200
+The outline makes the class; the hue only narrows it down to two. Sizes run from 8 to 200
 pixels, and later shapes cover earlier ones. Raw PCG64 output, integers and uncompressed PNG keep
 every byte the same on every machine.
 """
@@ -207,10 +207,10 @@ def _paint(dice: _Dice, image: Ints, outline: NDArray[np.bool_], shape: int) -> 
 def _colour(dice: _Dice, shape: int) -> Ints:
     """RGB of a hue near the class's own, of any brightness and not too pale.
 
-    The circle of hues has 1536 steps. A hue lies up to 256 steps from its class's, and classes are
-    192 apart, so that each hue belongs to two or three classes and the outline has to decide.
+    The circle of hues has 1536 steps. A hue lies up to 192 steps from its class's, and classes are
+    192 apart, so that each hue belongs to two classes and the outline has to decide.
     """
-    hue = (192 * shape + dice.between(-256, 257)) % 1536
+    hue = (192 * shape + dice.between(-192, 193)) % 1536
     rise, place = hue % 256, hue // 256
     full = [(255, rise, 0), (255 - rise, 255, 0), (0, 255, rise), (0, 255 - rise, 255)]
     full += [(rise, 0, 255), (255, 0, 255 - rise)]
