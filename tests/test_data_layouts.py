@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_sets import CATEGORIES, box, image, save, write_coco
+from PIL import Image
 from pycocotools.coco import COCO
 
 from detkit.config import DataConfig
@@ -378,4 +380,27 @@ def test_yaml_that_says_too_little(tmp_path: Path, text: str, message: str) -> N
     save(tmp_path / "images/1.jpg")
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(DataError, match=message):
+        open_detection(str(tmp_path), "train", DataConfig())
+
+
+def test_a_slip_in_a_class_number_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    for folder in ("images/train", "labels/train"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/train/a.png")
+    (tmp_path / "labels/train/a.txt").write_text("99999999999 .5 .5 .1 .1\n")
+    with pytest.raises(DataError, match=r"a\.txt: class numbers .* got 99999999999"):
+        open_detection(str(tmp_path), "train", DataConfig())
+
+
+def test_an_overlong_file_name_and_endless_json_are_problems(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    file = tmp_path / "annotations/instances_train.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="must be JSON"):
+        open_detection(str(tmp_path), "train", DataConfig())
+    image = {"id": 1, "file_name": "a" * 5000 + ".png", "width": 8, "height": 8}
+    categories = [{"id": 1, "name": "x"}]
+    file.write_text(json.dumps({"images": [image], "annotations": [], "categories": categories}))
+    (tmp_path / "images/train").mkdir(parents=True)
+    with pytest.raises(DataError, match="1 image-path"):
         open_detection(str(tmp_path), "train", DataConfig())

@@ -154,7 +154,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: must be readable, got {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: must be JSON, got {error}") from error
     keys = ("images", "annotations", "categories")
     wrong = [

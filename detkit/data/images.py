@@ -78,7 +78,11 @@ def confine(root: Path, name: str) -> Path:
         or "\0" in name
     ):
         raise ImageFileError("image-path", name, "an absolute path or one with '..'")
-    path = Path(os.path.realpath(root / name))
+    try:
+        path = Path(os.path.realpath(root / name))
+        path.is_file()
+    except OSError as error:  # among others, a name longer than the file system allows
+        raise ImageFileError("image-path", f"{name:.60}", str(error.strerror)) from error
     if not path.is_relative_to(root):
         raise ImageFileError("image-path", name, "a link that leads out of the folder")
     return path

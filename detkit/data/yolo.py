@@ -28,6 +28,9 @@ _KEYS = ("path", "train", "val", "test", "names", "nc")
 _ALIASES = {"val": ("val", "valid", "validation"), "train": ("train", "training")}
 
 
+_MOST_DIGITS = 5  # a slip in a label file must not make a list of a billion classes
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Image folders (or list files) of each split, and the class names if they are known."""
@@ -186,7 +189,13 @@ def _numbered_names(layout: _Layout) -> list[str]:
             else []
         )
         numbers = [line.split()[0] for line in lines if line.split()]
-        largest = max([largest, *(int(n) for n in numbers if n.isdecimal())])
+        for number in filter(str.isdecimal, numbers):
+            if len(number) > _MOST_DIGITS:
+                raise DataError(
+                    f"{file}: class numbers must have at most {_MOST_DIGITS} digits where no "
+                    f"data.yaml names the classes, got {number:.20}"
+                )
+            largest = max(largest, int(number))
     if largest < 0:
         raise DataError("labels: at least one object is needed to know the classes, got none")
     return [str(k) for k in range(largest + 1)]
