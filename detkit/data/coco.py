@@ -7,6 +7,7 @@ image ids and must declare the same categories.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,10 +190,10 @@ def _image_folder(part: Part, images: list[Any], need_images: bool) -> Path:
     folders = [f for f in dict.fromkeys(part.folders) if f.is_dir()]
     entries = [i for i in images[:20] if isinstance(i, dict)]
     names = [e["file_name"] for e in entries if isinstance(e.get("file_name"), str)]
-    hits = [sum((f / n).is_file() for n in names) for f in folders]
+    hits = [sum(os.path.isfile(f / n) for n in names) for f in folders]
     if not folders or (names and max(hits) == 0):
         tried = "\n".join(f"  {f}" for f in dict.fromkeys(part.folders))
-        example = f" (looked for {names[0]})" if names else ""
+        example = f" (looked for {names[0]:.60})" if names else ""
         raise DataError(
             f"{part.annotations}: its images must be in a folder beside it, got none{example}; "
             f"name the folder with --images, or put them in one of\n{tried}"
