@@ -148,7 +148,7 @@ def resolve_config(
         start.append(configs.read_toml(configs.recipe_path(name)))
     if stored is None:
         return configs.resolve([*start, *layers])
-    own = _own_settings(stored, whole=not start)
+    own = _own_settings(stored, configs.resolve(start).model.norm if start else None)
     config = configs.resolve([*start, own, *layers])
     for key in {"backbone", "detector"} & own["model"].keys():
         got, ours = getattr(config.model, key), own["model"][key]
@@ -159,16 +159,21 @@ def resolve_config(
     return config
 
 
-def _own_settings(stored: checkpoints.Checkpoint, *, whole: bool) -> dict[str, dict[str, Any]]:
-    """What a training takes over from the checkpoint it starts from: all of it, or the shape."""
+def _own_settings(
+    stored: checkpoints.Checkpoint, recipe_norm: str | None
+) -> dict[str, dict[str, Any]]:
+    """What a training takes over from its checkpoint: all of it without a recipe, else the shape."""
     config = {table: dict(values) for table, values in stored["config"].items()}
     for key in ("path", "split", "val_split", "images"):
         del config["data"][key]
-    if whole:
+    if recipe_norm is None:
         return config
     pixels = {key: config["data"][key] for key in ("mean", "std")}
     if stored["kind"] == "backbone":
-        shape = {key: config["model"][key] for key in ("backbone", "norm")}
+        shape = {"backbone": config["model"]["backbone"]}
+        norm = config["model"]["norm"]
+        if "gn" in (norm, recipe_norm):  # batch norms, frozen or not, share their weights
+            shape["norm"] = norm
         return {"model": shape, "data": pixels}
     return {table: config[table] for table in ("model", "anchors", "rpn", "box")} | {"data": pixels}
 
@@ -622,9 +627,10 @@ def _draw(checkpoint: str, detections: Path, target: Path, images: int = 4) -> P
     truth = dataset.truth()
     rows = json.loads(detections.read_text(encoding="utf-8"))
     names = {c["id"]: c["name"] for c in truth["categories"]}
-    objects = {
-        i: [a for a in truth["annotations"] if a["image_id"] == i] for i in dataset.image_ids
-    }
+    objects: dict[Any, list[dict[str, Any]]] = {i: [] for i in dataset.image_ids}
+    for annotation in truth["annotations"]:
+        annotation.pop("segmentation", None)  # boxes beside boxes: masks would tint one side only
+        objects[annotation["image_id"]].append(annotation)
     chosen = sorted(range(len(dataset)), key=lambda i: -len(objects[dataset.image_ids[i]]))[:images]
     pictures = []
     for index in chosen:

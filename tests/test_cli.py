@@ -132,6 +132,21 @@ def test_finetune_without_arguments_starts_from_the_newest_pretrain_run(
     assert "# steps_per_epoch" in shown.out
 
 
+def test_a_recipe_freezes_the_batch_norms_of_the_backbone_it_starts_from(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = str(next(Path("runs/pretrain").glob("*/best.pth")))
+    line = ["finetune", "--data", "shapes", "--init-from", backbone, "--steps", "1", "--dry-run"]
+    code, plan = call(capsys, *line, "--recipe", "detnet/detnet59-fpn")
+    assert code == 0
+    model = plan["config"]["model"]
+    assert (model["backbone"], model["norm"], model["frozen_stages"]) == (
+        "resnet50-tiny",
+        "frozen_bn",
+        1,
+    )
+
+
 def test_resume_auto_continues_the_same_run_and_ends_alike(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
