@@ -162,7 +162,7 @@ def resolve_config(
 def _own_settings(
     stored: checkpoints.Checkpoint, recipe_norm: str | None
 ) -> dict[str, dict[str, Any]]:
-    """What a training takes over from its checkpoint: all of it without a recipe, else the shape."""
+    """What a training takes over from its checkpoint: all without a recipe, else the shape."""
     config = {table: dict(values) for table, values in stored["config"].items()}
     for key in ("path", "split", "val_split", "images"):
         del config["data"][key]
