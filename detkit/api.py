@@ -284,6 +284,10 @@ def train(
         if init_from is not None:
             _initialise(model, init_from, train_set.categories, allow_partial)
         run, resumed = _run_folder(command, config, out, resume)
+        if distributed.is_main():
+            with run.logging():  # so that log.txt lists them too
+                _tell_problems(train_set, config.data.split)
+                _tell_problems(val_set, config.data.val_split)
         share = {"rank": distributed.rank(), "world": distributed.world_size()}
         result = fit(
             model,
@@ -305,6 +309,15 @@ def train(
 def _open(command: str, config: Config, split: str) -> Any:
     opener = open_classification if command == "pretrain" else open_detection
     return opener(config.data.path, split, config.data)
+
+
+def _tell_problems(dataset: Any, split: str) -> None:
+    """Count what was repaired or left out of a split, and list the files that are not used."""
+    report = dataset.report
+    if report.counts:
+        log.warning("%s split: %s; `detkit data check` tells all", split, report.summary())
+    for problem in report.skipped_files:
+        log.warning("not used: %s", problem)
 
 
 def _same_categories(ours: CategoryMap, theirs: CategoryMap) -> None:

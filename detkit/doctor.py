@@ -11,13 +11,7 @@ from typing import Any
 from detkit import __version__
 from detkit.errors import DetkitError
 
-OPTIONAL = {
-    "matplotlib": "figures: pip install 'detkit[plots]'",
-    "onnx": "ONNX export: pip install 'detkit[onnx]'",
-    "onnxscript": "ONNX export: pip install 'detkit[onnx]'",
-    "onnxruntime": "verifying an ONNX export: pip install 'detkit[onnx]'",
-    "tensorboard": "TensorBoard logs: pip install 'detkit[tensorboard]'",
-}
+OPTIONAL = ("matplotlib", "onnx", "onnxscript", "onnxruntime", "tensorboard")
 
 
 def report() -> dict[str, Any]:
@@ -109,6 +103,4 @@ def _advice(result: dict[str, Any], torch_error: str, library: ModuleType | None
             "build the CUDA operators where nvcc and a CUDA torch are installed: "
             f"DETKIT_CUDA=1 {library.BUILD_COMMAND}"
         )
-    missing = [name for name, version in result["packages"].items() if version is None]
-    advice += [f"{name} is not installed, it gives {OPTIONAL[name]}" for name in missing]
     return advice

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +226,21 @@ def test_broken_and_foreign_checkpoints_are_exit_3(
     code, answer = call(capsys, "eval", backbone, "--data", "shapes")
     assert code == 3
     assert "backbone" in answer["error"]
+
+
+def test_training_lists_the_files_it_skips(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("shapes", "damaged")
+    broken = min(Path("damaged/images/train").iterdir())
+    broken.write_bytes(b"no image")
+    line = ["finetune", "--data", "damaged", "--steps", "1", *SMALL, "--out", "skips"]
+    capsys.readouterr()
+    assert run(line) == 0
+    for text in (capsys.readouterr().err, Path("skips/log.txt").read_text()):
+        assert "train split: 1 image-unreadable" in text
+        assert f"not used: image-unreadable: {broken.name}" in text
+    code, answer = call(capsys, *line[:-1], "fails", "--on-bad-image", "fail")
+    assert code == 2
+    assert broken.name in answer["error"]
 
 
 def test_exploding_training_is_exit_6_and_names_the_images(
