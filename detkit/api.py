@@ -22,6 +22,7 @@ from torch import nn
 from detkit import config as configs
 from detkit.config import Config
 from detkit.data import (
+    DetectionDataset,
     eval_batches,
     open_classification,
     open_detection,
@@ -448,22 +449,37 @@ def evaluate(
         dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
         truth = dataset.truth()
         scores = score(truth, read_results(detections, truth), analysis=analysis, metric=metric)
-        return _with_fixes(scores, dataset)
+        return with_fixes(scores, dataset)
     if checkpoint is None:
         raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")
+    results, dataset = detect_split(
+        checkpoint, data=data, split=split, overrides=overrides, device=device, on_image=on_image
+    )
+    if save_detections is not None:
+        _write_json(save_detections, results)
+    scores = score(dataset.truth(), results, analysis=analysis, metric=metric)
+    return with_fixes(scores, dataset)
+
+
+def detect_split(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    split: str = "val",
+    overrides: Iterable[Mapping[str, Any]] = (),
+    device: str = "auto",
+    on_image: Callable[[int, int], None] | None = None,
+) -> tuple[list[dict[str, Any]], DetectionDataset]:
+    """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
     loaded = load(checkpoint, device)
     if loaded.kind == "backbone":
         raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}")
     config = configs.resolve(overrides, loaded.config)
     dataset = open_detection(data or config.data.path, split, config.data)
-    results = _detect(loaded, dataset, config, on_image)
-    if save_detections is not None:
-        _write_json(save_detections, results)
-    scores = score(dataset.truth(), results, analysis=analysis, metric=metric)
-    return _with_fixes(scores, dataset)
+    return _detect(loaded, dataset, config, on_image), dataset
 
 
-def _with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
+def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
     """``scores`` with what was repaired or left out while the data set was read."""
     found = sorted(dataset.report.counts.items())
     lines = [f"{rule}: {count} while reading the data set" for rule, count in found]

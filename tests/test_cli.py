@@ -124,6 +124,22 @@ def test_road_trains_evaluates_and_scores_its_own_detections(
     assert 0 <= voc["voc07"]["mAP"] <= 1
 
 
+def test_compare_takes_runs_checkpoints_and_results(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's own detections differ from it by nothing, on the data set it was trained on."""
+    (folder,) = {path.parent for path in Path("runs/finetune").glob("*/best.pth")}
+    code, scores = call(capsys, "eval", str(folder / "best.pth"), "--save-detections", "own.json")
+    assert code == 0
+    for b in ("own.json", str(folder / "last.pth")):
+        code, answer = call(capsys, "eval", "--compare", str(folder), b, "--resamples", "20")
+        assert code == 0
+        assert answer["a"] == scores
+    assert answer["images"] == 4
+    code, answer = call(capsys, "eval", "--compare", str(folder), "own.json", "--resamples", "20")
+    assert answer["difference"]["bbox"]["AP50"] == {"value": 0, "low": 0, "high": 0}
+
+
 def test_finetune_without_arguments_starts_from_the_newest_pretrain_run(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

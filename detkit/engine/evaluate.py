@@ -31,6 +31,7 @@ __all__ = ["detect_dataset", "evaluate", "normalise_truth", "original_boxes", "o
 
 Record = dict[str, Any]
 Array = npt.NDArray[np.float64]
+OnMatches = Callable[[str, Sequence[Record | None]], None]
 
 METRICS = ("coco", "voc07", "voc12")
 
@@ -42,6 +43,7 @@ def evaluate(
     analysis: bool = False,
     metric: str = "coco",
     iou_types: Sequence[str] | None = None,
+    on_matches: OnMatches | None = None,
 ) -> Record:
     """Score detections against COCO ground truth.
 
@@ -52,6 +54,9 @@ def evaluate(
         metric: "coco", or "voc07" / "voc12" for VOC's mean average precision at IoU 0.5.
         iou_types: "bbox" and/or "segm"; by default boxes, and masks where truth and results have
             them.
+        on_matches: called with each IoU type and pycocotools' matches of each class, area and
+            image (in this order, the image changing fastest; images in order of their ids), for
+            what needs more than the numbers; they are made for "coco" only.
 
     Returns:
         For "coco" ``{"bbox": {AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl},
@@ -74,7 +79,7 @@ def evaluate(
     counts = {"images": len(truth["images"]), "detections": len(detections)}
     if metric == "coco":
         kinds = _iou_types(truth, detections) if iou_types is None else tuple(iou_types)
-        scores = _coco_scores(truth, detections, kinds, analysis)
+        scores = _coco_scores(truth, detections, kinds, analysis, on_matches)
         if "segm" in kinds:
             more = more + _boxes_as_masks(truth, detections)
     else:
@@ -97,11 +102,15 @@ def _boxes_as_masks(truth: Record, detections: list[Record]) -> list[str]:
 
 
 def _coco_scores(
-    truth: Record, detections: list[Record], kinds: tuple[str, ...], analysis: bool
+    truth: Record,
+    detections: list[Record],
+    kinds: tuple[str, ...],
+    analysis: bool,
+    on_matches: OnMatches | None,
 ) -> Record:
     if not kinds or not set(kinds) <= {"bbox", "segm"}:
         raise ValueError(f"evaluate: iou_types must be bbox and/or segm, got {kinds}")
-    tables = {kind: _tables(truth, detections, kind) for kind in kinds}
+    tables = {kind: _tables(truth, detections, kind, on_matches=on_matches) for kind in kinds}
     scores: Record = {kind: numbers(table) for kind, table in tables.items()}
     names = [c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])]
     scores["per_class"] = per_class(tables[kinds[0]], names)
@@ -112,7 +121,11 @@ def _coco_scores(
 
 
 def _tables(
-    truth: Record, detections: list[Record], kind: str, use_categories: bool = True
+    truth: Record,
+    detections: list[Record],
+    kind: str,
+    use_categories: bool = True,
+    on_matches: OnMatches | None = None,
 ) -> dict[str, Array]:
     """Precision (T, R, K, A, M) and recall (T, K, A, M) by pycocotools; -1 where there is no truth.
 
@@ -131,6 +144,8 @@ def _tables(
             scorer.params.maxDets = [100]
         scorer.evaluate()
         scorer.accumulate()
+    if on_matches is not None:
+        on_matches(kind, scorer.evalImgs)
     return {key: scorer.eval[key] for key in ("precision", "recall")}
 
 
