@@ -48,7 +48,6 @@ from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
 DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
-DEFAULT_RECIPES = {"pretrain": "tiny/pretrain", "finetune": "tiny/frcnn-fpn"}
 VOC_METRICS = ("voc07", "voc12")
 COCO_CLASSES = 80
 _KINDS = {"pretrain": "backbone", "finetune": "detector"}
@@ -124,9 +123,9 @@ def resolve_config(
 ) -> Config:
     """Settings of a training: what it starts from, then ``layers`` in order, last wins.
 
-    A run to resume starts from its own settings. Else a recipe does, by default the command's tiny
-    one; a detector to start from brings its own settings unless a recipe is named. The
-    architecture, and the normalisation of images, are those of ``init_from``.
+    A run to resume starts from its own settings. Else a recipe does, by default the tiny one of the
+    command and the detector; a detector to start from brings its own settings unless a recipe is
+    named. The architecture, and the normalisation of images, are those of ``init_from``.
 
     Args:
         command: ``pretrain`` or ``finetune``.
@@ -142,9 +141,10 @@ def resolve_config(
     if resume not in (None, "auto"):
         return configs.resolve(layers, _resumable(str(resume)).config())
     stored = checkpoints.load(init_from) if init_from else None
+    layers = list(layers)
     start: list[Mapping[str, Any]] = []
     if recipe or stored is None or stored["kind"] == "backbone":
-        name = recipe or DEFAULT_RECIPES[command]
+        name = recipe or _default_recipe(command, layers)
         log.info("recipe %s", name)
         start.append(configs.read_toml(configs.recipe_path(name)))
     if stored is None:
@@ -158,6 +158,20 @@ def resolve_config(
                 f"{init_from}: model.{key} must agree with the checkpoint's {ours!r}, got {got!r}"
             )
     return config
+
+
+def _default_recipe(command: str, layers: Iterable[Mapping[str, Any]]) -> str:
+    """The tiny recipe of the command, and of the detector that the layers name."""
+    if command == "pretrain":
+        return "tiny/pretrain"
+    detector = configs.named_detector(layers)
+    name = f"tiny/{detector}"
+    if name not in configs.recipes():
+        raise ConfigError(
+            f"model.detector: must be one of {', '.join(DETECTORS)}, got {detector!r}"
+            f"{configs.suggest(detector, DETECTORS)}"
+        )
+    return name
 
 
 def _own_settings(
@@ -591,8 +605,8 @@ def _detector_rows(
         return [{"name": name}]
     rows = []
     for backbone in backbones:
-        model = configs.ModelConfig(detector=name, backbone=backbone)
-        cost = count_detector(Config(model=model), COCO_CLASSES, *size)["total"]
+        config = configs.resolve([{"model": {"detector": name, "backbone": backbone}}])
+        cost = count_detector(config, COCO_CLASSES, *size)["total"]
         rows.append(
             {
                 "name": name,

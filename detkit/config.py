@@ -24,6 +24,48 @@ from detkit.errors import ConfigError
 
 NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
 
+_C4_RPN = {
+    "softmax": True,
+    "channels": 512,
+    "pre_nms_train": 12000,
+    "post_nms_train": 2000,
+    "pre_nms_test": 6000,
+    "post_nms_test": 1000,
+}
+_PS_BOX = {"class_agnostic": True, "ohem": 256, "regression_weight": 2.0, "score_threshold": 0.0}
+DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "frcnn-c4": {
+        "rpn": {"channels": 512, "pre_nms_train": 12000, "pre_nms_test": 6000},
+        "box": {"resolution": 14},
+    },
+    "retinanet": {
+        "anchors": {"octave_scales": 3},
+        "box": {"weights": [1.0, 1.0, 1.0, 1.0]},
+    },
+    "rfcn": {
+        "anchors": {"style": "caffe"},
+        "rpn": _C4_RPN,
+        "box": {**_PS_BOX, "ps_pool": "cells", "nms_iou": 0.3},
+    },
+    "rfcn-thin": {
+        "anchors": {"style": "caffe"},
+        "rpn": _C4_RPN,
+        "box": {**_PS_BOX, "ps_pool": "cells", "nms_iou": 0.3, "channels": 0},
+        "thin": {"kernel": 1},
+    },
+    "light-head": {
+        "anchors": {"style": "caffe"},
+        "rpn": _C4_RPN,
+        "box": {**_PS_BOX, "channels": 2048},
+    },
+    "light-head-fpn": {
+        "box": {**_PS_BOX, "channels": 2048},
+        "thin": {"mid_channels": 64},
+    },
+}
+"""What a detector's paper fixes where that differs from the defaults below; every recipe and
+setting comes on top."""
+
 
 def _require(condition: bool, key: str, must: str, value: object) -> None:
     if not condition:
@@ -73,11 +115,22 @@ class AnchorConfig:
     """Anchors of the region proposal network; strides come from the feature maps."""
 
     sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    """Side in input pixels of the square anchor of each level, finest first."""
+    """Sides in input pixels of square anchors: one per level of a pyramid, finest first; all of
+    them in each cell of a detector with one level."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height divided by width."""
+    octave_scales: int = 1
+    """Sizes per octave and level: size * 2^(i / octave_scales) (RetinaNet: 3)."""
+    style: str = "torchvision"
+    """torchvision (whole pixels around the cell's corner) or caffe (rounded shapes of a 16-pixel
+    base around the cell's centre, as R-FCN and Light-Head R-CNN)."""
+    measured_strides: bool = False
+    """Strides are padded image size // map size, as torchvision computes them, and not the declared
+    ones; they differ where a map's size was rounded up."""
 
     def __post_init__(self) -> None:
+        _one_of("anchors.style", self.style, ("torchvision", "caffe"))
+        _require(self.octave_scales > 0, "anchors.octave_scales", "positive", self.octave_scales)
         _require(
             min(self.sizes, default=0) > 0,
             "anchors.sizes",
@@ -97,7 +150,9 @@ class RpnConfig:
     """Region proposal network: sampling, loss and proposals."""
 
     channels: int = 0
-    """Channels of the 3x3 convolution; 0 takes the neck's."""
+    """Channels of the 3x3 convolution; 0 takes those of its input."""
+    softmax: bool = False
+    """Two logits per anchor under a softmax (background, object) and not one under a sigmoid."""
     batch_per_image: int = 256
     """Anchors sampled for the loss."""
     positive_fraction: float = 0.5
@@ -149,19 +204,29 @@ class BoxConfig:
     """Box head on RoIs: features, sampling, loss and final detections."""
 
     resolution: int = 7
-    """Bins of RoIAlign per side."""
+    """Bins of RoI pooling per side."""
     sampling_ratio: int = 2
     """Samples per bin and axis; 0 adapts to the RoI's size."""
     aligned: bool = True
     """Half-pixel shift of RoIAlign."""
+    ps_pool: str = "max"
+    """Position-sensitive heads: max or avg of the sampled points (PS-RoIAlign), or cells, the mean
+    over whole cells of R-FCN's PS-RoI pooling."""
+    ps_offset: float = 0.0
+    """Shift in cells of PS-RoIAlign: 0 (the paper's code) or 0.5 (torchvision)."""
     roi_max_level: int = 5
     """Coarsest level RoIs are sent to (5 or 6)."""
     canonical_size: float = 224.0
     """Box side in pixels that goes to level 4; level k = floor(4 + log2(side / canonical_size))."""
     channels: int = 1024
-    """Width of the two fully connected layers."""
+    """Width of the fully connected layers; 0 leaves them out (thin feature maps alone)."""
     batch_per_image: int = 512
-    """RoIs sampled for the loss."""
+    """RoIs sampled for the loss; not used with ohem."""
+    ohem: int = 0
+    """Online hard example mining: RoIs per image with the largest losses that learn, out of all
+    proposals; 0 samples at random instead."""
+    ohem_scope: str = "image"
+    """Rank the losses within each image, or over the images of one process together (batch)."""
     positive_fraction: float = 0.25
     """Largest share of positives among them."""
     fg_iou: float = 0.5
@@ -170,6 +235,8 @@ class BoxConfig:
     """Where the box loss turns from square to linear."""
     weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
     """Scale of the regression targets dx, dy, dw, dh."""
+    regression_weight: float = 1.0
+    """Weight of the box loss in the sum; hard examples are ranked without it."""
     class_agnostic: bool = False
     """One box per RoI and not one per class."""
     score_threshold: float = 0.05
@@ -178,14 +245,93 @@ class BoxConfig:
     """Per-class NMS threshold of the detections."""
     max_detections: int = 100
     """Detections kept per image."""
+    min_size: float = 0.0
+    """Smallest side in input pixels of a detection."""
 
     def __post_init__(self) -> None:
+        _one_of("box.ps_pool", self.ps_pool, ("max", "avg", "cells"))
+        _one_of("box.ohem_scope", self.ohem_scope, ("image", "batch"))
+        _require(self.ps_offset in (0, 0.5), "box.ps_offset", "0 or 0.5", self.ps_offset)
+        for name in ("channels", "ohem", "regression_weight", "min_size"):
+            _require(getattr(self, name) >= 0, f"box.{name}", "zero or more", getattr(self, name))
         _require(self.roi_max_level in (5, 6), "box.roi_max_level", "5 or 6", self.roi_max_level)
         _require(len(self.weights) == 4, "box.weights", "four numbers", self.weights)
         for name in ("positive_fraction", "fg_iou", "score_threshold", "nms_iou"):
             _require(0 <= getattr(self, name) <= 1, f"box.{name}", "in 0..1", getattr(self, name))
-        for name in ("resolution", "channels", "batch_per_image", "max_detections"):
+        for name in ("resolution", "batch_per_image", "max_detections"):
             _require(getattr(self, name) > 0, f"box.{name}", "positive", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinConfig:
+    """Thin feature maps of Light-Head R-CNN (section 3.2)."""
+
+    channels: int = 10
+    """Channels per bin; box.resolution^2 times as many come out of the convolution."""
+    kernel: int = 15
+    """Length of the large separable convolution; 1 is an ordinary 1x1 convolution."""
+    mid_channels: int = 256
+    """Channels between its two parts (setting L 256, setting S 64)."""
+    lr_factor: float = 3.0
+    """Learning-rate factor of the convolutions that make the maps (also of R-FCN's first one)."""
+
+    def __post_init__(self) -> None:
+        _require(self.kernel % 2 == 1, "thin.kernel", "odd", self.kernel)
+        for name in ("channels", "kernel", "mid_channels", "lr_factor"):
+            _require(getattr(self, name) > 0, f"thin.{name}", "positive", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetinaConfig:
+    """One-stage head of RetinaNet; final detections and box targets as the box table says."""
+
+    convs: int = 4
+    """3x3 convolutions of each branch."""
+    p6_from: str = "c5"
+    """Map that the first extra level is convolved from: c5 (the paper) or p5 (torchvision)."""
+    fg_iou: float = 0.5
+    """An anchor at or above this IoU with a truth box is positive."""
+    bg_iou: float = 0.4
+    """An anchor below this IoU with every truth box is negative."""
+    alpha: float = 0.25
+    """Focal loss: weight of positives."""
+    gamma: float = 2.0
+    """Focal loss: how fast easy examples fade."""
+    prior: float = 0.01
+    """Score of every class before training."""
+    smooth_l1_beta: float = 0.11
+    """Where the box loss turns from square to linear."""
+    pre_nms: int = 1000
+    """Best-scoring detections kept before NMS, per level."""
+
+    def __post_init__(self) -> None:
+        _one_of("retina.p6_from", self.p6_from, ("c5", "p5"))
+        for name in ("fg_iou", "bg_iou", "alpha", "prior"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"retina.{name}", "in 0..1", value)
+        for name in ("convs", "pre_nms"):
+            _require(getattr(self, name) > 0, f"retina.{name}", "positive", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Mask head on the RoIs of the box head (Mask R-CNN)."""
+
+    resolution: int = 14
+    """Bins of RoIAlign per side; masks are twice as fine."""
+    sampling_ratio: int = 2
+    """Samples per bin and axis; 0 adapts to the RoI's size."""
+    convs: int = 4
+    """3x3 convolutions before the upsampling."""
+    channels: int = 256
+    """Their channels."""
+    threshold: float = 0.5
+    """A pixel at or above this probability belongs to the object."""
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "convs", "channels"):
+            _require(getattr(self, name) > 0, f"mask.{name}", "positive", getattr(self, name))
+        _require(0 < self.threshold < 1, "mask.threshold", "between 0 and 1", self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +350,8 @@ class DataConfig:
     """Detectors: the shorter side after resizing; classifiers: the side of the square crop."""
     long_side: int = 1333
     """Detectors: upper limit of the longer side."""
+    train_long_side: int = 0
+    """The same when training; 0 takes long_side."""
     multi_scale: tuple[int, ...] = ()
     """Shorter sides to draw from when training; empty for short_side alone."""
     flip: float = 0.5
@@ -230,6 +378,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.on_bad_image", self.on_bad_image, ("skip", "fail"))
+        _require(
+            self.train_long_side >= 0, "data.train_long_side", "zero or more", self.train_long_side
+        )
         _require(0 <= self.flip <= 1, "data.flip", "in 0..1", self.flip)
         _require(0 < self.min_crop <= 1, "data.min_crop", "in (0, 1]", self.min_crop)
         _require(0 < self.eval_crop <= 1, "data.eval_crop", "in (0, 1]", self.eval_crop)
@@ -365,6 +516,9 @@ class Config:
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     rpn: RpnConfig = field(default_factory=RpnConfig)
     box: BoxConfig = field(default_factory=BoxConfig)
+    thin: ThinConfig = field(default_factory=ThinConfig)
+    retina: RetinaConfig = field(default_factory=RetinaConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -472,11 +626,26 @@ def recipe_path(name: str) -> Path:
 def resolve(
     layers: Iterable[Mapping[str, Mapping[str, Any]]], base: Config | None = None
 ) -> Config:
-    """Apply layers of plain tables in order, last wins."""
-    config = base or Config()
+    """Apply layers of plain tables in order, last wins.
+
+    Without ``base`` they stand on what the paper of the chosen detector fixes
+    (``DETECTOR_DEFAULTS``).
+    """
+    layers = list(layers)
+    config = base or from_plain(DETECTOR_DEFAULTS.get(named_detector(layers), {}))
     for layer in layers:
         config = from_plain(layer, config)
     return config
+
+
+def named_detector(layers: Iterable[Mapping[str, Mapping[str, Any]]]) -> str:
+    """The detector of the last layer that names one, else the default one."""
+    name = ModelConfig.detector
+    for layer in layers:
+        model = layer.get("model")
+        if isinstance(model, Mapping):
+            name = str(model.get("detector", name))
+    return name
 
 
 def write_toml(config: Config, path: str | Path) -> None:

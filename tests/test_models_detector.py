@@ -273,14 +273,14 @@ def test_no_background_is_drawn_from_inside_a_crowd() -> None:
     data = batch(crowd)
     output = model.rpn(model.features(data.images))
     _, negative, _ = model.rpn._sample(output.anchors, crowd, 90, 119)
-    boxes, labels, _ = model.head._sample(output.anchors[::50].clamp(min=0), crowd)
-    for background in (output.anchors[negative], boxes[labels == 0]):
+    rois = model.head.sample(output.anchors[::50].clamp(min=0), crowd)
+    for background in (output.anchors[negative], rois.boxes[rois.labels == 0]):
         assert len(background) > 10
         height = (background[:, 3].clamp(max=45) - background[:, 1].clamp(min=0)).clamp(min=0)
         width = (background[:, 2].clamp(max=119) - background[:, 0].clamp(min=0)).clamp(min=0)
         area = (background[:, 2:] - background[:, :2]).prod(1)
         assert (height * width / area < 0.7).all()
-    assert not (labels == 1).any()  # the crowd is nobody's truth
+    assert not (rois.labels == 1).any()  # the crowd is nobody's truth
 
 
 # --- training and detection -----------------------------------------------------------------------

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from detkit.config import BoxConfig
 from detkit.models import losses, targets
 from detkit.models.anchors import AnchorGrid, cell_anchors
-from detkit.models.heads.roi import RoiPooler, to_rois
+from detkit.models.heads.roi import Align, RoiPooler, to_rois
 from detkit.models.targets import IGNORED, NEGATIVE, POSITIVE
 from detkit.ops.roi_align import roi_align
 from detkit.types import FeatureSpec, Target
@@ -171,8 +170,8 @@ def test_samples_repeat_with_the_seed_and_reach_all() -> None:
 
 
 def pooler(strides: tuple[int, ...] = (4, 8, 16, 16, 16), max_level: int = 5) -> RoiPooler:
-    specs = {f"p{i + 2}": FeatureSpec(2, s) for i, s in enumerate(strides)}
-    return RoiPooler(specs, max_level, BoxConfig(resolution=3))
+    specs = {f"p{i}": FeatureSpec(2, s) for i, s in enumerate(strides, 2) if i <= max_level}
+    return RoiPooler(specs, Align(resolution=3, sampling_ratio=2, aligned=True))
 
 
 def squares(*sides: float) -> Tensor:
@@ -225,9 +224,9 @@ def test_smooth_l1_is_square_below_beta_and_linear_above() -> None:
 def test_losses_of_nothing_are_zero_with_a_graph() -> None:
     empty = torch.zeros(0, 4, requires_grad=True)
     total = (
-        losses.smooth_l1(empty, torch.zeros(0, 4), 1.0)
+        losses.smooth_l1(empty, torch.zeros(0, 4), 1.0).sum()
         + losses.objectness(empty[:, 0], 0)
-        + losses.cross_entropy(empty, torch.zeros(0, dtype=torch.int64))
+        + losses.cross_entropy(empty, torch.zeros(0, dtype=torch.int64)).sum()
     )
     total.backward()
     assert total.item() == 0 and empty.grad is not None

@@ -185,7 +185,7 @@ class _Fetcher(Dataset[_Loaded]):
                 source,
                 boxes,
                 short_side=key.short_side,
-                long_side=data.long_side,
+                long_side=data.train_long_side or data.long_side,
                 flip=data.flip,
                 min_crop=data.min_crop,
             )

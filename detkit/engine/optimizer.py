@@ -18,7 +18,8 @@ LR_IMAGES = 16
 def build_optimizer(model: nn.Module, optim: OptimConfig, batch_size: int) -> Optimizer:
     """The optimiser of a run over the parameters that need gradients.
 
-    Each group carries ``lr_factor``; :func:`set_factor` sets its rate.
+    Each group carries ``lr_factor``; :func:`set_factor` sets its rate. A module's own attribute
+    ``lr_factor`` (3 of Light-Head's large separable convolution) multiplies that of all below it.
 
     Args:
         model: The model; parameters without ``requires_grad`` stay out.
@@ -58,16 +59,24 @@ def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
         "norm": {"weight_decay": small_decay, "lr_factor": 1.0},
         "bias": {"weight_decay": small_decay, "lr_factor": optim.bias_lr_factor},
     }
-    members: dict[str, list[Tensor]] = {role: [] for role in settings}
-    for role, parameter in _roles(model):
-        members[role].append(parameter)
-    return [{"params": members[role], **settings[role]} for role in settings if members[role]]
+    members: dict[tuple[str, float], list[Tensor]] = {(role, 1.0): [] for role in settings}
+    for role, factor, parameter in _roles(model):
+        members.setdefault((role, factor), []).append(parameter)
+    groups = []
+    for (role, factor), params in members.items():
+        if params:
+            lr_factor = settings[role]["lr_factor"] * factor
+            groups.append({"params": params, **settings[role], "lr_factor": lr_factor})
+    return groups
 
 
-def _roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each trainable parameter once, as ``weight``, ``norm`` or ``bias``."""
+def _roles(model: nn.Module) -> Iterator[tuple[str, float, nn.Parameter]]:
+    """Each trainable parameter once: ``weight``, ``norm`` or ``bias``, and its modules' factor."""
     seen: set[nn.Parameter] = set()
-    for module in model.modules():
+    factors = {"": 1.0}
+    for path, module in model.named_modules():
+        parent = factors[path.rpartition(".")[0]]
+        factors[path] = parent * float(getattr(module, "lr_factor", 1.0))
         own = dict(module.named_parameters(recurse=False))
         # A norm of any kind, ours or torch's, is told by its weight: one number per channel.
         norm = "weight" in own and own["weight"].ndim == 1
@@ -75,4 +84,4 @@ def _roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 role = "norm" if norm else "bias" if name.endswith("bias") else "weight"
-                yield role, parameter
+                yield role, factors[path], parameter

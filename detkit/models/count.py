@@ -95,20 +95,15 @@ def count_detector(
         num_classes: Classes without background.
         height: Height of the padded image in pixels.
         width: Its width.
-        proposals: RoIs the head sees.
+        proposals: RoIs the head of a two-stage detector sees.
 
     Returns:
-        Parts ``total``, ``backbone``, ``neck``, ``rpn`` and ``head``.
+        Parts ``total``, ``backbone``, ``neck``, ``head`` and, of two stages, ``rpn``.
     """
     with torch.device("meta"):
         model = build_detector(config, num_classes).eval()
         images = torch.empty(1, 3, height, width)
 
-    def run() -> None:
-        features = model.features(images)
-        model.rpn(features)
-        model.head.run_layers(features, proposals)
-
-    macs = macs_by_module(model, run)
+    macs = macs_by_module(model, lambda: model.run_layers(images, proposals))
     parts = {name: _part([part], macs) for name, part in model.named_children()}
     return {"total": _part([model], macs)} | parts

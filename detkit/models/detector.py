@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from detkit.config import RpnConfig
 from detkit.errors import DataError
 from detkit.models.backbones.base import Backbone
-from detkit.models.heads.roi import RoiHead
+from detkit.models.heads.box import BoxHead
 from detkit.models.heads.rpn import RPN
 from detkit.types import Batch, Detections
 
@@ -20,12 +20,12 @@ class TwoStageDetector(nn.Module):
         backbone: Images (N, 3, H, W) to maps by name.
         neck: Maps by name to the maps that ``rpn`` and ``head`` use.
         rpn: Region proposal network.
-        head: Head on the proposals.
+        head: Classes and boxes of the proposals.
         num_classes: Classes without background.
     """
 
     def __init__(
-        self, backbone: Backbone, neck: nn.Module, rpn: RPN, head: RoiHead, num_classes: int
+        self, backbone: Backbone, neck: nn.Module, rpn: RPN, head: BoxHead, num_classes: int
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -54,7 +54,11 @@ class TwoStageDetector(nn.Module):
             output, batch.sizes, config.pre_nms_train, config.post_nms_train
         )
         losses = self.rpn.losses(output, batch.targets, batch.sizes)
-        return losses | self.head.losses(features, proposals, batch.targets)
+        samples = [
+            self.head.sample(boxes, truth)
+            for boxes, truth in zip(proposals, batch.targets, strict=True)
+        ]
+        return losses | self.head.losses(features, samples)
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
@@ -70,6 +74,16 @@ class TwoStageDetector(nn.Module):
             self.rpn(features), sizes, config.pre_nms_test, config.post_nms_test
         )
         return self.head.detect(features, proposals, sizes)
+
+    def run_layers(self, images: Tensor, proposals: int) -> None:
+        """Run every layer once with ``proposals`` RoIs per image, to count costs (meta device)."""
+        features = self.features(images)
+        self.rpn(features)
+        self.head.run_layers(features, proposals)
+
+
+Detector = TwoStageDetector
+"""Any detector: ``forward(batch)`` gives losses, ``detect(images, sizes)`` detections."""
 
 
 def check_targets(batch: Batch, num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Losses of boxes, summed in fp32; callers divide by the number of samples."""
+"""Losses of boxes in fp32, per row or summed; callers divide by the number of samples."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Sum of ``d^2 / (2 beta)`` where d = |p - t| is below ``beta``, else of ``d - beta / 2``.
+    """Loss (S,) of rows (S, 4): ``d^2 / (2 beta)`` where d = |p - t| < beta, else ``d - beta / 2``.
 
-    Zero with a gradient graph when there are no rows.
+    No rows keep the gradient graph.
     """
-    return F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="sum")
+    loss = F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none")
+    return loss.sum(1)
 
 
 def objectness(logits: Tensor, positives: int) -> Tensor:
@@ -23,5 +24,5 @@ def objectness(logits: Tensor, positives: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the softmax cross entropy of logits (S, K + 1) and labels (S,)."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    """Softmax cross entropy (S,) of logits (S, K + 1) and labels (S,)."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")

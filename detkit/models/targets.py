@@ -32,6 +32,23 @@ class Matches:
     index: Tensor
 
 
+@dataclass
+class RoiSample:
+    """RoIs of one image that its heads learn from, the P positives first.
+
+    Attributes:
+        boxes: (S, 4) xyxy.
+        labels: (S,) int64, 1..K of the positives, 0 of the background.
+        truth: (P,) int64, the truth box of each positive.
+        deltas: (P, 4) regression targets of the positives.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    truth: Tensor
+    deltas: Tensor
+
+
 def match(
     boxes: Tensor,
     target: Target,

@@ -6,16 +6,12 @@ from collections.abc import Callable, Mapping
 
 from detkit.config import Config, suggest
 from detkit.errors import ConfigError
-from detkit.models.anchors import AnchorGrid
 from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
+from detkit.models.builders.fpn import frcnn_fpn
 from detkit.models.classifier import Classifier
-from detkit.models.detector import TwoStageDetector
-from detkit.models.heads.box import BoxHead, BoxPredictor
-from detkit.models.heads.roi import RoiPooler
-from detkit.models.heads.rpn import RPN, RpnHead
-from detkit.models.necks.fpn import FPN
+from detkit.models.detector import Detector
 
 _R50, _R101 = (3, 4, 6, 3), (3, 4, 23, 3)
 
@@ -25,6 +21,7 @@ BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "resnet50-msra": lambda norm: resnet(_R50, norm, stride_in_1x1=True),
     "resnet101-msra": lambda norm: resnet(_R101, norm, stride_in_1x1=True),
     "resnet50-dilated": lambda norm: resnet(_R50, norm, stride_in_1x1=True, dilated=True),
+    "resnet101-dilated": lambda norm: resnet(_R101, norm, stride_in_1x1=True, dilated=True),
     "detnet59": lambda norm: detnet((3, 4, 6, 3, 3), norm),
     "detnet59-noproj": lambda norm: detnet((3, 4, 6, 3, 3), norm, project_last=False),
     "detnet110": lambda norm: detnet((3, 4, 23, 3, 3), norm),
@@ -52,11 +49,11 @@ def build_classifier(config: Config, num_classes: int) -> Classifier:
     return Classifier(backbone, num_classes, config.train.label_smoothing)
 
 
-def build_detector(config: Config, num_classes: int) -> TwoStageDetector:
+def build_detector(config: Config, num_classes: int) -> Detector:
     """The detector ``config.model.detector`` on ``config.model.backbone``, random weights.
 
     Args:
-        config: The run's configuration; tables model, anchors, rpn and box are used.
+        config: The run's configuration; the tables model to mask are used.
         num_classes: Classes without background.
 
     Raises:
@@ -64,42 +61,12 @@ def build_detector(config: Config, num_classes: int) -> TwoStageDetector:
     """
     model = config.model
     build = DETECTORS[_known("model.detector", model.detector, DETECTORS)]
-    return build(config, num_classes)
-
-
-def frcnn_fpn(config: Config, num_classes: int) -> TwoStageDetector:
-    """Faster R-CNN on a feature pyramid (Ren et al., 2015; Lin et al., 2017)."""
-    model, box = config.model, config.box
     backbone = build_backbone(model.backbone, model.norm, model.frozen_stages)
-    neck = FPN(backbone.feature_specs, model.neck_channels, model.head_norm)
-    specs = neck.feature_specs
-    if len(config.anchors.sizes) != len(specs):
-        raise ConfigError(
-            f"anchors.sizes: must be one side for each of {', '.join(specs)}, "
-            f"got {list(config.anchors.sizes)}"
-        )
-    grid = AnchorGrid(
-        [s.stride for s in specs.values()],
-        [(s,) for s in config.anchors.sizes],
-        config.anchors.ratios,
-    )
-    channels = config.rpn.channels or model.neck_channels
-    rpn = RPN(
-        RpnHead(model.neck_channels, channels, grid.per_cell[0]), grid, list(specs), config.rpn
-    )
-    predictor = BoxPredictor(
-        model.neck_channels * box.resolution**2,
-        box.channels,
-        num_classes,
-        box.class_agnostic,
-        model.head_norm,
-    )
-    head = BoxHead(RoiPooler(specs, box.roi_max_level, box), predictor, box)
-    return TwoStageDetector(backbone, neck, rpn, head, num_classes)
+    return build(config, backbone, num_classes)
 
 
-DETECTORS: dict[str, Callable[[Config, int], TwoStageDetector]] = {"frcnn-fpn": frcnn_fpn}
-"""Detector by name, from the configuration and the number of classes."""
+DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {"frcnn-fpn": frcnn_fpn}
+"""Detector by name, from the configuration, the backbone and the number of classes."""
 
 
 def _known(key: str, name: str, table: Mapping[str, object]) -> str:

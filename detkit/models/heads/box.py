@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from detkit.config import BoxConfig
 from detkit.models import losses, targets
-from detkit.models.heads.roi import RoiHead, RoiPooler, to_rois
+from detkit.models.heads.roi import RoiPooler, to_rois
 from detkit.models.norm import normalise_rows, rows_norm
+from detkit.models.targets import RoiSample
 from detkit.ops import batched_nms
 from detkit.ops import boxes as box_ops
 from detkit.types import Detections, Target
@@ -55,7 +56,7 @@ class BoxPredictor(nn.Module):
         return self.classes(x), self.boxes(x).unflatten(1, (-1, 4))
 
 
-class BoxHead(RoiHead):
+class BoxHead(nn.Module):
     """Classes and boxes of proposals: their losses, and the final detections.
 
     Args:
@@ -77,42 +78,56 @@ class BoxHead(RoiHead):
         logits, deltas = self.predictor(self.pooler(features, to_rois(boxes)))
         return logits, deltas
 
-    def losses(
-        self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], truth: Sequence[Target]
-    ) -> dict[str, Tensor]:
-        """Class and box losses over the sampled proposals; truth boxes join the proposals.
+    @torch.no_grad()
+    def sample(self, proposals: Tensor, truth: Target) -> RoiSample:
+        """The RoIs of one image to learn from; truth boxes join the proposals (R, 4).
 
-        Args:
-            features: Maps of N images by level.
-            proposals: N tensors (R, 4).
-            truth: N targets.
+        With hard example mining all of them: the losses choose.
         """
-        with torch.no_grad():
-            drawn = [self._sample(p, t) for p, t in zip(proposals, truth, strict=True)]
-        logits, deltas = self(features, [boxes for boxes, _, _ in drawn])
-        labels = torch.cat([labels for _, labels, _ in drawn])
-        goal = torch.cat([goal for _, _, goal in drawn])
-        positive = labels.nonzero().flatten()
-        column = torch.zeros_like(positive) if deltas.shape[1] == 1 else labels[positive] - 1
-        box_loss = losses.smooth_l1(deltas[positive, column], goal, self.config.smooth_l1_beta)
-        count = max(1, len(labels))
-        return {
-            "box_class": losses.cross_entropy(logits, labels) / count,
-            "box_regression": box_loss / count,
-        }
-
-    def _sample(self, proposals: Tensor, truth: Target) -> tuple[Tensor, Tensor, Tensor]:
-        """Drawn boxes (S, 4), positives first, their labels (S,), the positives' targets (P, 4)."""
         config = self.config
         boxes = torch.cat([proposals, truth.boxes[~truth.iscrowd]])
         matches = targets.match(boxes, truth, config.fg_iou, config.fg_iou)
-        positive, negative = targets.sample(
-            matches.label, config.batch_per_image, config.positive_fraction
-        )
+        if config.ohem:
+            positive = (matches.label == targets.POSITIVE).nonzero().flatten()
+            negative = (matches.label == targets.NEGATIVE).nonzero().flatten()
+        else:
+            positive, negative = targets.sample(
+                matches.label, config.batch_per_image, config.positive_fraction
+            )
         index = matches.index[positive]
-        labels = torch.cat([truth.labels[index], torch.zeros_like(negative)])
-        goal = box_ops.encode(truth.boxes[index], boxes[positive], config.weights)
-        return boxes[torch.cat([positive, negative])], labels, goal
+        return RoiSample(
+            boxes=boxes[torch.cat([positive, negative])],
+            labels=torch.cat([truth.labels[index], torch.zeros_like(negative)]),
+            truth=index,
+            deltas=box_ops.encode(truth.boxes[index], boxes[positive], config.weights),
+        )
+
+    def losses(
+        self, features: Mapping[str, Tensor], samples: Sequence[RoiSample]
+    ) -> dict[str, Tensor]:
+        """Class and box losses over the samples of N images, of the hardest alone with mining.
+
+        Args:
+            features: Maps of N images by level.
+            samples: What :meth:`sample` gave for each.
+        """
+        config = self.config
+        logits, deltas = self(features, [s.boxes for s in samples])
+        labels = torch.cat([s.labels for s in samples])
+        positive = labels.nonzero().flatten()
+        column = torch.zeros_like(positive) if deltas.shape[1] == 1 else labels[positive] - 1
+        goal = torch.cat([s.deltas for s in samples])
+        class_loss = losses.cross_entropy(logits, labels)  # (S,)
+        box_loss = losses.smooth_l1(deltas[positive, column], goal, config.smooth_l1_beta)  # (P,)
+        if config.ohem:
+            each = class_loss.detach().index_add(0, positive, box_loss.detach())
+            hard = hardest(each, [len(s.labels) for s in samples], config.ohem, config.ohem_scope)
+            class_loss, box_loss = class_loss[hard], box_loss[hard[positive]]
+        count = max(1, len(class_loss))
+        return {
+            "box_class": class_loss.sum() / count,
+            "box_regression": config.regression_weight * box_loss.sum() / count,
+        }
 
     @torch.no_grad()
     def detect(
@@ -134,7 +149,8 @@ class BoxHead(RoiHead):
         boxes = box_ops.decode(deltas[roi, column], rois[roi, 1:], config.weights)
         image = rois[roi, 0].to(torch.int64)
         boxes = torch.minimum(boxes.clamp(min=0), sizes.to(boxes)[image][:, [1, 0, 1, 0]])
-        kept = ((boxes[:, 2:] - boxes[:, :2]).amin(1) > 0).nonzero().flatten()
+        sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
+        kept = ((sides > 0) & (sides >= config.min_size)).nonzero().flatten()
         group = image * scores.shape[1] + label
         score = scores[roi, label]
         kept = kept[batched_nms(boxes[kept], score[kept], group[kept], config.nms_iou)]
@@ -142,5 +158,26 @@ class BoxHead(RoiHead):
         return [Detections(boxes=boxes[i], labels=label[i] + 1, scores=score[i]) for i in each]
 
     def run_layers(self, features: Mapping[str, Tensor], count: int) -> None:
-        """Run the predictor once for ``count`` RoIs, to count its cost."""
+        """Run the predictor once for ``count`` RoIs wherever they are, to count its cost.
+
+        Works on the meta device, where boxes have no values.
+        """
         self.predictor(self.pooler.blank(features, count))
+
+
+def hardest(loss: Tensor, counts: Sequence[int], keep: int, scope: str) -> Tensor:
+    """(S,) bool: the RoIs with the largest losses (online hard example mining).
+
+    Args:
+        loss: (S,) loss of each RoI, image after image.
+        counts: RoIs of each image.
+        keep: How many per image; all, where there are fewer.
+        scope: ``image``, or ``batch`` to rank those of all images together.
+    """
+    groups = loss.split(list(counts)) if scope == "image" else (loss,)
+    keep = keep if scope == "image" else keep * len(counts)
+    start, chosen = 0, torch.zeros_like(loss, dtype=torch.bool)
+    for group in groups:
+        chosen[start + group.topk(min(keep, len(group))).indices] = True
+        start += len(group)
+    return chosen

@@ -1,101 +1,104 @@
-"""What heads on regions of interest share: their interface, and pooling from a pyramid."""
+"""Pooling of regions of interest: from one map, or from the level of a pyramid that suits each."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from detkit.config import BoxConfig
 from detkit.ops import boxes as box_ops
 from detkit.ops.roi_align import roi_align
-from detkit.types import Detections, FeatureSpec, Target
+from detkit.types import FeatureSpec
 
 
-class RoiHead(nn.Module):
-    """Base of the heads a two-stage detector puts on its proposals."""
+class RoiPool(Protocol):
+    """Features of RoIs on one map."""
 
-    @abstractmethod
-    def losses(
-        self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], truth: Sequence[Target]
-    ) -> dict[str, Tensor]:
-        """Scalar losses by name.
+    def __call__(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
+        """(R, D, side, side) of a map (N, C, H, W), rois (R, 5) and ``scale`` = 1 / stride."""
 
-        Args:
-            features: Maps of N images by level.
-            proposals: N tensors (R, 4).
-            truth: N targets.
-        """
+    def shape(self, channels: int) -> tuple[int, int, int]:
+        """(D, side, side) that a map of so many channels gives."""
 
-    @abstractmethod
-    def detect(
-        self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], sizes: Tensor
-    ) -> list[Detections]:
-        """Detections of each image, best first, clipped to it.
 
-        Args:
-            features: Maps of N images by level.
-            proposals: N tensors (R, 4).
-            sizes: (N, 2) height and width before padding.
-        """
+@dataclass(frozen=True)
+class Align:
+    """RoIAlign (He et al., 2017).
 
-    @abstractmethod
-    def run_layers(self, features: Mapping[str, Tensor], count: int) -> None:
-        """Run every layer once for ``count`` RoIs wherever they are, so that costs can be counted.
+    Attributes:
+        resolution: Bins per side.
+        sampling_ratio: Samples per bin and axis; 0 adapts to the RoI's size.
+        aligned: Half-pixel shift.
+    """
 
-        Works on the meta device, where boxes have no values.
-        """
+    resolution: int
+    sampling_ratio: int
+    aligned: bool
+
+    def __call__(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
+        """(R, C, resolution, resolution)."""
+        return roi_align(
+            features,
+            rois,
+            self.resolution,
+            spatial_scale=scale,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+        )
+
+    def shape(self, channels: int) -> tuple[int, int, int]:
+        """(channels, resolution, resolution)."""
+        return channels, self.resolution, self.resolution
 
 
 class RoiPooler(nn.Module):
-    """RoIAlign that picks each box's level by its size alone, so levels may share a stride.
+    """Pools each box from the level that its size alone picks, so levels may share a stride.
 
     Level k = floor(4 + log2(side / canonical_size)), side = sqrt(w * h), within the levels given.
 
     Args:
-        specs: Feature maps ``p2``, ``p3``, ... by name, finest first.
-        max_level: Coarsest level used.
-        config: Resolution, sampling and canonical size.
+        specs: Maps ``p2``, ``p3``, ... by name, finest first; one alone serves every box.
+        pool: Pooling on one map.
+        canonical_size: Side in pixels of the boxes that go to level 4.
     """
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], max_level: int, config: BoxConfig) -> None:
+    def __init__(
+        self, specs: Mapping[str, FeatureSpec], pool: RoiPool, canonical_size: float = 224.0
+    ) -> None:
         super().__init__()
-        self.levels = {int(name[1:]): name for name in specs if int(name[1:]) <= max_level}
-        self.scales = [1.0 / specs[name].stride for name in self.levels.values()]
-        self.config = config
+        self.levels = {int(name[1:]): name for name in specs}
+        self.scales = [1.0 / spec.stride for spec in specs.values()]
+        self.pool = pool
+        self.canonical_size = canonical_size
+        self.out_shape = pool.shape(next(iter(specs.values())).channels)
 
     def assign(self, boxes: Tensor) -> Tensor:
         """Level number (R,) of each box (R, 4)."""
         side = box_ops.area(boxes).clamp(min=0).sqrt()
         # The addend keeps a side of canonical_size / 2 on its level if the logarithm rounds down.
-        level = torch.floor(4 + torch.log2(side / self.config.canonical_size) + 1e-6)
+        level = torch.floor(4 + torch.log2(side / self.canonical_size) + 1e-6)
         level = level.nan_to_num(nan=0.0)  # a NaN box pools NaN on whatever level
         return level.clamp(min(self.levels), max(self.levels)).to(torch.int64)
 
     def forward(self, features: Mapping[str, Tensor], rois: Tensor) -> Tensor:
-        """Pooled features (R, C, resolution, resolution) of rois (R, 5): image index, xyxy."""
+        """Pooled features (R, *out_shape) of rois (R, 5): image index, xyxy."""
+        maps = [features[name] for name in self.levels.values()]
+        if len(maps) == 1:
+            return self.pool(maps[0], rois, self.scales[0])
         level = self.assign(rois[:, 1:])
         where = [(level == number).nonzero().flatten() for number in self.levels]
         parts = [
-            roi_align(
-                features[name],
-                rois[index],
-                self.config.resolution,
-                spatial_scale=scale,
-                sampling_ratio=self.config.sampling_ratio,
-                aligned=self.config.aligned,
-            )
-            for name, index, scale in zip(self.levels.values(), where, self.scales, strict=True)
+            self.pool(x, rois[index], scale)
+            for x, index, scale in zip(maps, where, self.scales, strict=True)
         ]
         return torch.cat(parts)[torch.cat(where).argsort()]
 
     def blank(self, features: Mapping[str, Tensor], count: int) -> Tensor:
         """Uninitialised pooled features of ``count`` RoIs, to run what follows without boxes."""
-        side = self.config.resolution
-        any_map = features[next(iter(self.levels.values()))]
-        return any_map.new_empty(count, any_map.shape[1], side, side)
+        return features[next(iter(self.levels.values()))].new_empty(count, *self.out_shape)
 
 
 def to_rois(boxes: Sequence[Tensor]) -> Tensor:

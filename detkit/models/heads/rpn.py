@@ -34,12 +34,21 @@ class RpnOutput:
 
 
 class RpnHead(nn.Module):
-    """3x3 convolution, then objectness and four deltas per anchor; one head for all levels."""
+    """3x3 convolution, then objectness and four deltas per anchor; one head for all levels.
 
-    def __init__(self, cin: int, channels: int, anchors: int) -> None:
+    Args:
+        cin: Channels of the maps.
+        channels: Channels of the 3x3 convolution.
+        anchors: Anchors per cell.
+        softmax: Two logits per anchor, background and object. Their softmax is the sigmoid of the
+            difference, so that is what comes out, and the losses are the same.
+    """
+
+    def __init__(self, cin: int, channels: int, anchors: int, softmax: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv2d(cin, channels, 3, padding=1)
-        self.objectness = nn.Conv2d(channels, anchors, 1)
+        self.objectness = nn.Conv2d(channels, 2 * anchors if softmax else anchors, 1)
+        self.softmax = softmax
         self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
@@ -49,6 +58,9 @@ class RpnHead(nn.Module):
         """Logits (N, H * W * A) and deltas (N, H * W * A, 4) of a map (N, cin, H, W)."""
         x = torch.relu(self.conv(x))
         logits = self.objectness(x).permute(0, 2, 3, 1).flatten(1)
+        if self.softmax:
+            background, object_ = logits.unflatten(1, (-1, 2)).unbind(2)
+            logits = object_ - background
         deltas = self.deltas(x).permute(0, 2, 3, 1)
         return logits, deltas.reshape(len(x), -1, 4)
 
@@ -108,7 +120,7 @@ class RPN(nn.Module):
         deltas = output.deltas.flatten(0, 1)[positive]
         return {
             "rpn_objectness": losses.objectness(logits, len(positive)) / count,
-            "rpn_box": losses.smooth_l1(deltas, goal, self.config.smooth_l1_beta) / count,
+            "rpn_box": losses.smooth_l1(deltas, goal, self.config.smooth_l1_beta).sum() / count,
         }
 
     def _sample(

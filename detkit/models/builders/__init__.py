@@ -1,0 +1,1 @@
+"""Named detectors put together from parts, one family per file."""

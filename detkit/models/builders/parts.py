@@ -1,0 +1,67 @@
+"""Parts that several detectors are built from, as the configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from detkit.config import Config
+from detkit.errors import ConfigError
+from detkit.models.anchors import AnchorGrid
+from detkit.models.heads.box import BoxPredictor
+from detkit.models.heads.roi import Align, RoiPooler
+from detkit.models.heads.rpn import RPN, RpnHead
+from detkit.types import FeatureSpec
+
+
+def pyramid_sizes(config: Config, levels: Sequence[str]) -> list[tuple[float, ...]]:
+    """Anchor sides of each level of a pyramid.
+
+    Raises:
+        ConfigError: Not one side per level.
+    """
+    sizes, octave = config.anchors.sizes, config.anchors.octave_scales
+    if len(sizes) != len(levels):
+        raise ConfigError(
+            f"anchors.sizes: must be one side for each of {', '.join(levels)}, got {list(sizes)}"
+        )
+    return [tuple(side * 2 ** (i / octave) for i in range(octave)) for side in sizes]
+
+
+def region_proposals(
+    config: Config, specs: Mapping[str, FeatureSpec], sizes: Sequence[Sequence[float]]
+) -> RPN:
+    """Region proposal network with one head over the maps ``specs``, which share their channels.
+
+    Args:
+        config: Tables anchors and rpn are used.
+        specs: Maps used, by name, finest first.
+        sizes: Anchor sides of each map.
+    """
+    grid = AnchorGrid([s.stride for s in specs.values()], sizes, config.anchors.ratios)
+    cin = next(iter(specs.values())).channels
+    channels = config.rpn.channels or cin
+    head = RpnHead(cin, channels, grid.per_cell[0], config.rpn.softmax)
+    return RPN(head, grid, list(specs), config.rpn)
+
+
+def pyramid_pooler(config: Config, specs: Mapping[str, FeatureSpec]) -> RoiPooler:
+    """RoIAlign from the levels of a pyramid up to ``box.roi_max_level``."""
+    box = config.box
+    used = {name: spec for name, spec in specs.items() if int(name[1:]) <= box.roi_max_level}
+    pool = Align(box.resolution, box.sampling_ratio, box.aligned)
+    return RoiPooler(used, pool, box.canonical_size)
+
+
+def two_fc_predictor(config: Config, pooler: RoiPooler, num_classes: int) -> BoxPredictor:
+    """Classes and boxes by two fully connected layers."""
+    channels, height, width = pooler.out_shape
+    box = config.box
+    if not box.channels:
+        raise ConfigError(f"box.channels: must be positive for {config.model.detector}, got 0")
+    return BoxPredictor(
+        channels * height * width,
+        box.channels,
+        num_classes,
+        box.class_agnostic,
+        config.model.head_norm,
+    )
