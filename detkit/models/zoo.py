@@ -9,7 +9,7 @@ from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
-from detkit.models.builders.fpn import frcnn_fpn
+from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
 
@@ -65,8 +65,14 @@ def build_detector(config: Config, num_classes: int) -> Detector:
     return build(config, backbone, num_classes)
 
 
-DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {"frcnn-fpn": frcnn_fpn}
+DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
+    "frcnn-fpn": frcnn_fpn,
+    "maskrcnn-fpn": maskrcnn_fpn,
+}
 """Detector by name, from the configuration, the backbone and the number of classes."""
+
+WITH_MASKS = frozenset({"maskrcnn-fpn"})
+"""The detectors that learn masks."""
 
 
 def _known(key: str, name: str, table: Mapping[str, object]) -> str:
