@@ -358,6 +358,8 @@ class DataConfig:
     """Chance of a horizontal flip when training."""
     color_jitter: float = 0.0
     """Strength of brightness, contrast and saturation jitter when training."""
+    lighting: float = 0.0
+    """Deviation of AlexNet's colour noise along ImageNet's principal colours when training."""
     min_crop: float = 1.0
     """Detectors: smallest share of each side kept by a random crop when training (1 turns it off);
     classifiers: smallest share of the area kept."""
@@ -382,6 +384,7 @@ class DataConfig:
             self.train_long_side >= 0, "data.train_long_side", "zero or more", self.train_long_side
         )
         _require(0 <= self.flip <= 1, "data.flip", "in 0..1", self.flip)
+        _require(self.lighting >= 0, "data.lighting", "zero or more", self.lighting)
         _require(0 < self.min_crop <= 1, "data.min_crop", "in (0, 1]", self.min_crop)
         _require(0 < self.eval_crop <= 1, "data.eval_crop", "in (0, 1]", self.eval_crop)
         _require(

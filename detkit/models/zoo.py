@@ -30,6 +30,9 @@ BACKBONES: dict[str, Callable[[str], Backbone]] = {
 }
 """Backbone by name, from the name of its norms."""
 
+WEIGHTS_OF = {"resnet50-dilated": "resnet50-msra", "resnet101-dilated": "resnet101-msra"}
+"""Backbones that take the pre-trained weights of another one: only stride and dilation differ."""
+
 
 def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -> Backbone:
     """A backbone with random weights; raises ConfigError for an unknown name."""
