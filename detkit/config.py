@@ -502,7 +502,7 @@ class EvalConfig:
     every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     metric: str = "AP"
-    """What `best.pth` is best at: AP, AP50, voc07, voc12 (detectors) or top1 (classifiers)."""
+    """What `best.pth` is best at: AP, AP50, voc07, voc12, segm_AP for detectors; else top1."""
     patience: int = 0
     """Stop after this many evaluations without a better metric; 0 never stops early."""
 
