@@ -94,8 +94,9 @@ def test_detectors_detect_the_same(detector: str) -> None:
                     "backbone": "resnet50-tiny",
                     "norm": "bn",
                     "head_norm": "bn",
+                    "neck_channels": 32,
                 },
-                "data": {"short_side": 128},
+                "box": {"channels": 64},
             }
         ]
     )
