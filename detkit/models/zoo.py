@@ -9,7 +9,9 @@ from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
+from detkit.models.backbones.xception import xception145
 from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
+from detkit.models.builders.rfcn import light_head, light_head_fpn, rfcn
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
 
@@ -25,6 +27,7 @@ BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "detnet59": lambda norm: detnet((3, 4, 6, 3, 3), norm),
     "detnet59-noproj": lambda norm: detnet((3, 4, 6, 3, 3), norm, project_last=False),
     "detnet110": lambda norm: detnet((3, 4, 23, 3, 3), norm),
+    "xception145": xception145,
     "resnet50-tiny": resnet_tiny,
     "detnet59-tiny": detnet_tiny,
 }
@@ -71,6 +74,10 @@ def build_detector(config: Config, num_classes: int) -> Detector:
 DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
     "frcnn-fpn": frcnn_fpn,
     "maskrcnn-fpn": maskrcnn_fpn,
+    "rfcn": rfcn,
+    "rfcn-thin": light_head,
+    "light-head": light_head,
+    "light-head-fpn": light_head_fpn,
 }
 """Detector by name, from the configuration, the backbone and the number of classes."""
 

@@ -27,6 +27,12 @@ def pyramid_sizes(config: Config, levels: Sequence[str]) -> list[tuple[float, ..
     return [tuple(side * 2 ** (i / octave) for i in range(octave)) for side in sizes]
 
 
+def cell_sizes(config: Config) -> tuple[float, ...]:
+    """Anchor sides in each cell of a detector with one level."""
+    octave = config.anchors.octave_scales
+    return tuple(side * 2 ** (i / octave) for side in config.anchors.sizes for i in range(octave))
+
+
 def region_proposals(
     config: Config, specs: Mapping[str, FeatureSpec], sizes: Sequence[Sequence[float]]
 ) -> RPN:
@@ -37,7 +43,8 @@ def region_proposals(
         specs: Maps used, by name, finest first.
         sizes: Anchor sides of each map.
     """
-    grid = AnchorGrid([s.stride for s in specs.values()], sizes, config.anchors.ratios)
+    anchors = config.anchors
+    grid = AnchorGrid([s.stride for s in specs.values()], sizes, anchors.ratios, anchors.style)
     cin = next(iter(specs.values())).channels
     channels = config.rpn.channels or cin
     head = RpnHead(cin, channels, grid.per_cell[0], config.rpn.softmax)
