@@ -9,6 +9,7 @@ from detkit.config import RpnConfig
 from detkit.errors import DataError
 from detkit.models.backbones.base import Backbone
 from detkit.models.heads.box import BoxHead
+from detkit.models.heads.retina import RetinaHead
 from detkit.models.heads.rpn import RPN
 from detkit.types import Batch, Detections
 
@@ -48,7 +49,7 @@ class TwoStageDetector(nn.Module):
         """
         check_targets(batch, self.num_classes)
         features = self.features(batch.images)
-        output = self.rpn(features)
+        output = self.rpn(features, image_size(batch.images))
         config: RpnConfig = self.rpn.config
         proposals = self.rpn.proposals(
             output, batch.sizes, config.pre_nms_train, config.post_nms_train
@@ -71,19 +72,74 @@ class TwoStageDetector(nn.Module):
         features = self.features(images)
         config: RpnConfig = self.rpn.config
         proposals = self.rpn.proposals(
-            self.rpn(features), sizes, config.pre_nms_test, config.post_nms_test
+            self.rpn(features, image_size(images)), sizes, config.pre_nms_test, config.post_nms_test
         )
         return self.head.detect(features, proposals, sizes)
 
     def run_layers(self, images: Tensor, proposals: int) -> None:
         """Run every layer once with ``proposals`` RoIs per image, to count costs (meta device)."""
         features = self.features(images)
-        self.rpn(features)
+        self.rpn(features, image_size(images))
         self.head.run_layers(features, proposals)
 
 
-Detector = TwoStageDetector
+class OneStageDetector(nn.Module):
+    """Backbone and neck give maps, the head classifies and refines every anchor on them.
+
+    Args:
+        backbone: Images (N, 3, H, W) to maps by name.
+        neck: Maps by name to the maps that ``head`` uses.
+        head: Classes and boxes of anchors.
+        num_classes: Classes without background.
+    """
+
+    def __init__(
+        self, backbone: Backbone, neck: nn.Module, head: RetinaHead, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.num_classes = num_classes
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps of the neck."""
+        maps: dict[str, Tensor] = self.neck(self.backbone(images))
+        return maps
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses by name; their sum is what to minimise.
+
+        Raises:
+            DataError: A label is outside 1..num_classes.
+            ValueError: Not one target per image.
+        """
+        check_targets(batch, self.num_classes)
+        output = self.head(self.features(batch.images), image_size(batch.images))
+        return self.head.losses(output, batch.targets)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
+        """Detections of each image in the pixels of ``images``, best first.
+
+        Args:
+            images: (N, 3, H, W), normalised, zero-padded at right and bottom.
+            sizes: (N, 2) height and width before padding.
+        """
+        return self.head.detect(self.head(self.features(images), image_size(images)), sizes)
+
+    def run_layers(self, images: Tensor, proposals: int) -> None:
+        """Run every layer once, to count costs (meta device); there are no ``proposals``."""
+        self.head(self.features(images), image_size(images))
+
+
+Detector = TwoStageDetector | OneStageDetector
 """Any detector: ``forward(batch)`` gives losses, ``detect(images, sizes)`` detections."""
+
+
+def image_size(images: Tensor) -> tuple[int, int]:
+    """(height, width) of padded images (N, 3, H, W)."""
+    return images.shape[2], images.shape[3]
 
 
 def check_targets(batch: Batch, num_classes: int) -> None:

@@ -10,6 +10,7 @@ from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
 from detkit.models.builders.fpn import frcnn_fpn
+from detkit.models.builders.retinanet import retinanet
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
 
@@ -65,7 +66,10 @@ def build_detector(config: Config, num_classes: int) -> Detector:
     return build(config, backbone, num_classes)
 
 
-DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {"frcnn-fpn": frcnn_fpn}
+DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
+    "frcnn-fpn": frcnn_fpn,
+    "retinanet": retinanet,
+}
 """Detector by name, from the configuration, the backbone and the number of classes."""
 
 
