@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from detkit import config as configs
-from detkit.config import Config
+from detkit.config import Config, ModelConfig
 from detkit.data import (
     DetectionDataset,
     eval_batches,
@@ -42,7 +42,7 @@ from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
 from detkit.models import build_classifier, build_detector
 from detkit.models.count import count_classifier, count_detector
 from detkit.models.weights import init_backbone, init_detector
-from detkit.models.zoo import BACKBONES, DETECTORS, build_backbone
+from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, build_backbone
 from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
 
@@ -50,6 +50,7 @@ log = logging.getLogger("detkit")
 DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
 VOC_METRICS = ("voc07", "voc12")
 COCO_CLASSES = 80
+_SHAPE_TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask")
 _KINDS = {"pretrain": "backbone", "finetune": "detector"}
 _METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS)}
 
@@ -149,7 +150,8 @@ def resolve_config(
         start.append(configs.read_toml(configs.recipe_path(name)))
     if stored is None:
         return configs.resolve([*start, *layers])
-    own = _own_settings(stored, configs.resolve(start).model.norm if start else None)
+    wanted = configs.resolve([*start, *layers]).model if start else None
+    own = _own_settings(stored, wanted)
     config = configs.resolve([*start, own, *layers])
     for key in {"backbone", "detector"} & own["model"].keys():
         got, ours = getattr(config.model, key), own["model"][key]
@@ -175,22 +177,29 @@ def _default_recipe(command: str, layers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _own_settings(
-    stored: checkpoints.Checkpoint, recipe_norm: str | None
+    stored: checkpoints.Checkpoint, wanted: ModelConfig | None
 ) -> dict[str, dict[str, Any]]:
-    """What a training takes over from its checkpoint: all without a recipe, else the shape."""
+    """What a training takes over from its checkpoint: all without a recipe, else the shape.
+
+    Args:
+        stored: the checkpoint.
+        wanted: the model that recipe and settings ask for; None without a recipe.
+    """
     config = {table: dict(values) for table, values in stored["config"].items()}
     for key in ("path", "split", "val_split", "images"):
         del config["data"][key]
-    if recipe_norm is None:
+    if wanted is None:
         return config
     pixels = {key: config["data"][key] for key in ("mean", "std")}
     if stored["kind"] == "backbone":
-        shape = {"backbone": config["model"]["backbone"]}
-        norm = config["model"]["norm"]
-        if "gn" in (norm, recipe_norm):  # batch norms, frozen or not, share their weights
+        name, norm = config["model"]["backbone"], config["model"]["norm"]
+        if WEIGHTS_OF.get(wanted.backbone) == name:  # its weights, dilated
+            name = wanted.backbone
+        shape = {"backbone": name}
+        if "gn" in (norm, wanted.norm):  # batch norms, frozen or not, share their weights
             shape["norm"] = norm
         return {"model": shape, "data": pixels}
-    return {table: config[table] for table in ("model", "anchors", "rpn", "box")} | {"data": pixels}
+    return {table: config[table] for table in _SHAPE_TABLES} | {"data": pixels}
 
 
 def newest_checkpoint(command: str, *, required: bool = True) -> str | None:

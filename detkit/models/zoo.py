@@ -9,7 +9,7 @@ from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
-from detkit.models.builders.fpn import frcnn_fpn
+from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
 from detkit.models.builders.retinanet import retinanet
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
@@ -30,6 +30,9 @@ BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "detnet59-tiny": detnet_tiny,
 }
 """Backbone by name, from the name of its norms."""
+
+WEIGHTS_OF = {"resnet50-dilated": "resnet50-msra", "resnet101-dilated": "resnet101-msra"}
+"""Backbones that take the pre-trained weights of another one: only stride and dilation differ."""
 
 
 def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -> Backbone:
@@ -68,9 +71,13 @@ def build_detector(config: Config, num_classes: int) -> Detector:
 
 DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
     "frcnn-fpn": frcnn_fpn,
+    "maskrcnn-fpn": maskrcnn_fpn,
     "retinanet": retinanet,
 }
 """Detector by name, from the configuration, the backbone and the number of classes."""
+
+WITH_MASKS = frozenset({"maskrcnn-fpn"})
+"""The detectors that learn masks."""
 
 
 def _known(key: str, name: str, table: Mapping[str, object]) -> str:

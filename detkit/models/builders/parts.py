@@ -8,7 +8,7 @@ from detkit.config import Config
 from detkit.errors import ConfigError
 from detkit.models.anchors import AnchorGrid
 from detkit.models.heads.box import BoxPredictor
-from detkit.models.heads.roi import Align, RoiPooler
+from detkit.models.heads.roi import Align, RoiPool, RoiPooler
 from detkit.models.heads.rpn import RPN, RpnHead
 from detkit.types import FeatureSpec
 
@@ -57,11 +57,13 @@ def region_proposals(
     return RPN(head, grid, list(specs), config.rpn)
 
 
-def pyramid_pooler(config: Config, specs: Mapping[str, FeatureSpec]) -> RoiPooler:
-    """RoIAlign from the levels of a pyramid up to ``box.roi_max_level``."""
+def pyramid_pooler(
+    config: Config, specs: Mapping[str, FeatureSpec], pool: RoiPool | None = None
+) -> RoiPooler:
+    """Pooling from the levels of a pyramid up to ``box.roi_max_level``, RoIAlign unless given."""
     box = config.box
     used = {name: spec for name, spec in specs.items() if int(name[1:]) <= box.roi_max_level}
-    pool = Align(box.resolution, box.sampling_ratio, box.aligned)
+    pool = pool or Align(box.resolution, box.sampling_ratio, box.aligned)
     return RoiPooler(used, pool, box.canonical_size)
 
 
