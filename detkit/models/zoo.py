@@ -9,8 +9,10 @@ from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
+from detkit.models.backbones.xception import xception145
 from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
 from detkit.models.builders.retinanet import retinanet
+from detkit.models.builders.rfcn import light_head, light_head_fpn, rfcn
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
 
@@ -26,6 +28,7 @@ BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "detnet59": lambda norm: detnet((3, 4, 6, 3, 3), norm),
     "detnet59-noproj": lambda norm: detnet((3, 4, 6, 3, 3), norm, project_last=False),
     "detnet110": lambda norm: detnet((3, 4, 23, 3, 3), norm),
+    "xception145": xception145,
     "resnet50-tiny": resnet_tiny,
     "detnet59-tiny": detnet_tiny,
 }
@@ -73,6 +76,10 @@ DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
     "frcnn-fpn": frcnn_fpn,
     "maskrcnn-fpn": maskrcnn_fpn,
     "retinanet": retinanet,
+    "rfcn": rfcn,
+    "rfcn-thin": light_head,
+    "light-head": light_head,
+    "light-head-fpn": light_head_fpn,
 }
 """Detector by name, from the configuration, the backbone and the number of classes."""
 

@@ -37,7 +37,13 @@ def anchor_grid(
     """Anchors of the maps ``specs``, with the sides ``sizes`` on each."""
     anchors = config.anchors
     strides = [spec.stride for spec in specs.values()]
-    return AnchorGrid(strides, sizes, anchors.ratios, anchors.measured_strides)
+    return AnchorGrid(strides, sizes, anchors.ratios, anchors.style, anchors.measured_strides)
+
+
+def cell_sizes(config: Config) -> tuple[float, ...]:
+    """Anchor sides in each cell of a detector with one level."""
+    octave = config.anchors.octave_scales
+    return tuple(side * 2 ** (i / octave) for side in config.anchors.sizes for i in range(octave))
 
 
 def region_proposals(
