@@ -1,21 +1,24 @@
 """detkit: design, train, slim, search and deploy convolutional object detectors.
 
-Importing this package loads no torch; the public functions of :mod:`detkit.api` are looked up on
-first use.
+Importing this package loads no torch; the public functions, of :mod:`detkit.api` and
+:mod:`detkit.comparison`, are looked up on first use.
 """
 
 import importlib
 
 __version__ = "0.1.0"
 
-_API = ("build", "evaluate", "load", "train")
+_API = {
+    **dict.fromkeys(("build", "evaluate", "load", "train"), "detkit.api"),
+    "compare": "detkit.comparison",
+}
 _SUBMODULES = ("api", "config", "data", "engine", "errors", "models", "ops", "types")
 __all__ = ["__version__", *_API, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> object:
     if name in _API:
-        return getattr(importlib.import_module("detkit.api"), name)
+        return getattr(importlib.import_module(_API[name]), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"detkit.{name}")
     raise AttributeError(f"module 'detkit' has no attribute {name!r}")

@@ -34,6 +34,7 @@ ALLOWED = {
     "report": METHODS | DATA | ENGINE | {"deploy", "report"},
 }
 ALLOWED["api"] = set(ALLOWED) | {"api"}
+ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 FREE_OF_TORCH = ("detkit/__init__.py", "detkit/config.py", "detkit/errors.py", "cli")
 HEAVY = ("torch", "detkit.types", "detkit.ops", "detkit.models", "detkit.data", "detkit.engine")

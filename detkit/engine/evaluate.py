@@ -27,10 +27,11 @@ from detkit.engine.voc import evaluate_voc
 from detkit.errors import DataError
 from detkit.types import Batch, CategoryMap, Detections
 
-__all__ = ["detect_dataset", "evaluate", "normalise_truth", "original_boxes", "original_mask"]
+__all__ = ["detect_dataset", "evaluate", "normalise_truth"]
 
 Record = dict[str, Any]
 Array = npt.NDArray[np.float64]
+OnMatches = Callable[[str, Sequence[Record | None]], None]
 
 METRICS = ("coco", "voc07", "voc12")
 
@@ -42,6 +43,7 @@ def evaluate(
     analysis: bool = False,
     metric: str = "coco",
     iou_types: Sequence[str] | None = None,
+    on_matches: OnMatches | None = None,
 ) -> Record:
     """Score detections against COCO ground truth.
 
@@ -52,6 +54,9 @@ def evaluate(
         metric: "coco", or "voc07" / "voc12" for VOC's mean average precision at IoU 0.5.
         iou_types: "bbox" and/or "segm"; by default boxes, and masks where truth and results have
             them.
+        on_matches: called with each IoU type and pycocotools' matches of each class, area and
+            image (in this order, the image changing fastest; images in order of their ids), for
+            what needs more than the numbers; they are made for "coco" only.
 
     Returns:
         For "coco" ``{"bbox": {AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl},
@@ -74,7 +79,7 @@ def evaluate(
     counts = {"images": len(truth["images"]), "detections": len(detections)}
     if metric == "coco":
         kinds = _iou_types(truth, detections) if iou_types is None else tuple(iou_types)
-        scores = _coco_scores(truth, detections, kinds, analysis)
+        scores = _coco_scores(truth, detections, kinds, analysis, on_matches)
         if "segm" in kinds:
             more = more + _boxes_as_masks(truth, detections)
     else:
@@ -97,11 +102,15 @@ def _boxes_as_masks(truth: Record, detections: list[Record]) -> list[str]:
 
 
 def _coco_scores(
-    truth: Record, detections: list[Record], kinds: tuple[str, ...], analysis: bool
+    truth: Record,
+    detections: list[Record],
+    kinds: tuple[str, ...],
+    analysis: bool,
+    on_matches: OnMatches | None,
 ) -> Record:
     if not kinds or not set(kinds) <= {"bbox", "segm"}:
         raise ValueError(f"evaluate: iou_types must be bbox and/or segm, got {kinds}")
-    tables = {kind: _tables(truth, detections, kind) for kind in kinds}
+    tables = {kind: _tables(truth, detections, kind, on_matches=on_matches) for kind in kinds}
     scores: Record = {kind: numbers(table) for kind, table in tables.items()}
     names = [c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])]
     scores["per_class"] = per_class(tables[kinds[0]], names)
@@ -112,7 +121,11 @@ def _coco_scores(
 
 
 def _tables(
-    truth: Record, detections: list[Record], kind: str, use_categories: bool = True
+    truth: Record,
+    detections: list[Record],
+    kind: str,
+    use_categories: bool = True,
+    on_matches: OnMatches | None = None,
 ) -> dict[str, Array]:
     """Precision (T, R, K, A, M) and recall (T, K, A, M) by pycocotools; -1 where there is no truth.
 
@@ -131,6 +144,8 @@ def _tables(
             scorer.params.maxDets = [100]
         scorer.evaluate()
         scorer.accumulate()
+    if on_matches is not None:
+        on_matches(kind, scorer.evalImgs)
     return {key: scorer.eval[key] for key in ("precision", "recall")}
 
 
@@ -241,7 +256,9 @@ def detect_dataset(
     """Detections of ``model`` on every image, as COCO results in the pixels of the files.
 
     Args:
-        model: has ``detect(images, sizes) -> list[Detections]``, labels 1..K; in eval mode here.
+        model: has ``detect(images, sizes, output_sizes) -> list[Detections]``, labels 1..K, boxes
+            and masks in pixels of images of ``output_sizes`` (of ``images`` where that is None);
+            in eval mode here.
         batches: each image once; ``original_sizes`` None means that they were not resized.
         categories: labels to the data set's category ids.
         device: where the images go.
@@ -254,7 +271,9 @@ def detect_dataset(
     results: list[Record] = []
     with inference(model):
         for batch in batches:
-            found = model.detect(batch.images.to(device), batch.sizes)  # type: ignore[operator]
+            found = model.detect(  # type: ignore[operator]
+                batch.images.to(device), batch.sizes, batch.original_sizes
+            )
             results.extend(_batch_results(batch, found, categories))
             if on_batch is not None:
                 on_batch(batch)
@@ -269,25 +288,19 @@ def _batch_results(
             f"detect_dataset: each of {len(batch.sizes)} images must have an id and detections, "
             f"got {len(batch.image_ids)} ids and {len(detections)} detections"
         )
-    originals = batch.sizes if batch.original_sizes is None else batch.original_sizes
+    shown = batch.sizes if batch.original_sizes is None else batch.original_sizes
     return [
         result
-        for image_id, found, size, original in zip(
-            batch.image_ids, detections, batch.sizes.tolist(), originals.tolist(), strict=True
-        )
-        for result in _image_results(image_id, found, size, original, categories)
+        for image_id, found, size in zip(batch.image_ids, detections, shown.tolist(), strict=True)
+        for result in _image_results(image_id, found, size, categories)
     ]
 
 
 def _image_results(
-    image_id: int | str,
-    found: Detections,
-    size: list[int],
-    original: list[int],
-    categories: CategoryMap,
+    image_id: int | str, found: Detections, size: list[int], categories: CategoryMap
 ) -> list[Record]:
-    """COCO results of one image; ``size`` (height, width) as detected, ``original`` as a file."""
-    boxes = original_boxes(found["boxes"], size, original)
+    """COCO results of one image of ``size`` (height, width), in whose pixels ``found`` is."""
+    boxes = found["boxes"].detach().cpu().double()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # xyxy to xywh
     labels, scores = found["labels"].tolist(), found["scores"].tolist()
     if labels and not 1 <= min(labels) <= max(labels) <= len(categories):
@@ -302,35 +315,8 @@ def _image_results(
     ]
     if "masks" in found:
         for result, mask in zip(results, found["masks"], strict=True):
-            result["segmentation"] = _encode(original_mask(mask, size, original))
+            result["segmentation"] = _encode(mask[: size[0], : size[1]].cpu())
     return results
-
-
-def original_boxes(boxes: Tensor, size: Sequence[int], original: Sequence[int]) -> Tensor:
-    """Boxes of a resized image in pixels of the file, clipped to it.
-
-    Args:
-        boxes: (R, 4) xyxy in pixels of the resized image.
-        size: (height, width) of the resized image; whole pixels, so each axis has its own factor.
-        original: (height, width) of the file.
-
-    Returns:
-        (R, 4) xyxy float64 on the CPU.
-    """
-    limits = torch.tensor([original[1], original[0]] * 2, dtype=torch.float64)
-    given = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
-    scaled = boxes.detach().cpu().double() * (limits / given)
-    return torch.minimum(scaled.clamp(min=0), limits)
-
-
-def original_mask(mask: Tensor, size: Sequence[int], original: Sequence[int]) -> Tensor:
-    """Mask (H, W) of a resized, padded image as bool (height, width) of the file.
-
-    Resampled bilinearly and cut at one half; ``size`` and ``original`` as in `original_boxes`.
-    """
-    cut = mask[: size[0], : size[1]].detach().cpu().float()[None, None]  # (1, 1, h, w)
-    resized = nn.functional.interpolate(cut, size=tuple(original), mode="bilinear")
-    return resized[0, 0] >= 0.5
 
 
 def _encode(mask: Tensor) -> Record:

@@ -22,6 +22,26 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
     return (torch.stack([-w, -h, w, h], 1) / 2).round()
 
 
+def caffe_cell_anchors(sizes: Sequence[float], ratios: Sequence[float], stride: int) -> Tensor:
+    """Anchors around a cell's centre, (len(ratios) * len(sizes), 4), ratio-major.
+
+    As Faster R-CNN's first code makes them, R-FCN and Light-Head R-CNN after it: whole-pixel shapes
+    of the cell's own area, then scaled. Its boxes count their last pixel in (centre 7.5 at stride
+    16), ours end behind it (centre 8): the pixels are the same.
+
+    Args:
+        sizes: Side in pixels of the square anchor.
+        ratios: Height divided by width.
+        stride: Side in pixels of a cell.
+    """
+    ratio = torch.tensor(ratios, dtype=torch.float64, device="cpu")
+    scale = torch.tensor(sizes, dtype=torch.float64, device="cpu") / stride
+    w = (stride / ratio.sqrt()).round()
+    h = (w * ratio).round()
+    w, h = ((side[:, None] * scale).flatten() for side in (w, h))
+    return (torch.stack([stride - w, stride - h, stride + w, stride + h], 1) / 2).float()
+
+
 class AnchorGrid:
     """Anchors of several levels.
 
@@ -29,20 +49,29 @@ class AnchorGrid:
         strides: Input pixels between neighbouring cells of each level.
         sizes: Anchor sides of each level.
         ratios: Heights divided by widths, the same for all levels.
+        style: ``torchvision`` (:func:`cell_anchors`) or ``caffe`` (:func:`caffe_cell_anchors`).
 
     Raises:
         ValueError: ``strides`` and ``sizes`` differ in length.
     """
 
     def __init__(
-        self, strides: Sequence[int], sizes: Sequence[Sequence[float]], ratios: Sequence[float]
+        self,
+        strides: Sequence[int],
+        sizes: Sequence[Sequence[float]],
+        ratios: Sequence[float],
+        style: str = "torchvision",
     ) -> None:
         if len(strides) != len(sizes):
             raise ValueError(
                 f"anchors: one list of sizes per level ({len(strides)}), got {len(sizes)}"
             )
         self.strides = tuple(strides)
-        self.cells = [cell_anchors(s, ratios) for s in sizes]
+        if style == "caffe":
+            levels = zip(sizes, strides, strict=True)
+            self.cells = [caffe_cell_anchors(s, ratios, stride) for s, stride in levels]
+        else:
+            self.cells = [cell_anchors(s, ratios) for s in sizes]
 
     @property
     def per_cell(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Parameters and multiply-adds, counted on the meta device: nothing is computed or stored.
 
-One multiply-add of a Conv2d or Linear is 1; norms, activations, pooling and biases are not counted.
+One multiply-add of a Conv2d, ConvTranspose2d or Linear is 1; norms, activations, pooling and biases
+are not counted.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ class Part:
 
 
 def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, int]:
-    """Multiply-adds of each Conv2d and Linear of ``model`` while ``run`` executes it."""
+    """Multiply-adds of each layer with products of ``model`` while ``run`` executes it."""
     macs: dict[nn.Module, int] = {}
 
-    def add(module: nn.Module, _: object, out: Tensor) -> None:
-        each = module.get_parameter("weight")[0].numel()  # weights that make one output number
-        macs[module] = macs.get(module, 0) + out.numel() * each
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        each = module.get_parameter("weight")[0].numel()
+        # each: weights that make one output number, or that one input number is spread by
+        numbers = inputs[0] if isinstance(module, nn.ConvTranspose2d) else out
+        macs[module] = macs.get(module, 0) + numbers.numel() * each
 
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
     handles = [m.register_forward_hook(add) for m in layers]
     try:
         with torch.no_grad():
@@ -98,7 +102,8 @@ def count_detector(
         proposals: RoIs the head of a two-stage detector sees.
 
     Returns:
-        Parts ``total``, ``backbone``, ``neck``, ``head`` and, of two stages, ``rpn``.
+        Parts ``total``, ``backbone``, ``neck``, ``head`` and, of two stages, ``rpn``, with masks
+        ``mask_head``.
     """
     with torch.device("meta"):
         model = build_detector(config, num_classes).eval()

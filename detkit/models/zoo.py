@@ -9,7 +9,9 @@ from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
-from detkit.models.builders.fpn import frcnn_fpn
+from detkit.models.backbones.xception import xception145
+from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
+from detkit.models.builders.rfcn import light_head, light_head_fpn, rfcn
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
 
@@ -25,10 +27,14 @@ BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "detnet59": lambda norm: detnet((3, 4, 6, 3, 3), norm),
     "detnet59-noproj": lambda norm: detnet((3, 4, 6, 3, 3), norm, project_last=False),
     "detnet110": lambda norm: detnet((3, 4, 23, 3, 3), norm),
+    "xception145": xception145,
     "resnet50-tiny": resnet_tiny,
     "detnet59-tiny": detnet_tiny,
 }
 """Backbone by name, from the name of its norms."""
+
+WEIGHTS_OF = {"resnet50-dilated": "resnet50-msra", "resnet101-dilated": "resnet101-msra"}
+"""Backbones that take the pre-trained weights of another one: only stride and dilation differ."""
 
 
 def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -> Backbone:
@@ -65,8 +71,18 @@ def build_detector(config: Config, num_classes: int) -> Detector:
     return build(config, backbone, num_classes)
 
 
-DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {"frcnn-fpn": frcnn_fpn}
+DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
+    "frcnn-fpn": frcnn_fpn,
+    "maskrcnn-fpn": maskrcnn_fpn,
+    "rfcn": rfcn,
+    "rfcn-thin": light_head,
+    "light-head": light_head,
+    "light-head-fpn": light_head_fpn,
+}
 """Detector by name, from the configuration, the backbone and the number of classes."""
+
+WITH_MASKS = frozenset({"maskrcnn-fpn"})
+"""The detectors that learn masks."""
 
 
 def _known(key: str, name: str, table: Mapping[str, object]) -> str:

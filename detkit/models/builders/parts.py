@@ -8,7 +8,7 @@ from detkit.config import Config
 from detkit.errors import ConfigError
 from detkit.models.anchors import AnchorGrid
 from detkit.models.heads.box import BoxPredictor
-from detkit.models.heads.roi import Align, RoiPooler
+from detkit.models.heads.roi import Align, RoiPool, RoiPooler
 from detkit.models.heads.rpn import RPN, RpnHead
 from detkit.types import FeatureSpec
 
@@ -27,6 +27,12 @@ def pyramid_sizes(config: Config, levels: Sequence[str]) -> list[tuple[float, ..
     return [tuple(side * 2 ** (i / octave) for i in range(octave)) for side in sizes]
 
 
+def cell_sizes(config: Config) -> tuple[float, ...]:
+    """Anchor sides in each cell of a detector with one level."""
+    octave = config.anchors.octave_scales
+    return tuple(side * 2 ** (i / octave) for side in config.anchors.sizes for i in range(octave))
+
+
 def region_proposals(
     config: Config, specs: Mapping[str, FeatureSpec], sizes: Sequence[Sequence[float]]
 ) -> RPN:
@@ -37,18 +43,21 @@ def region_proposals(
         specs: Maps used, by name, finest first.
         sizes: Anchor sides of each map.
     """
-    grid = AnchorGrid([s.stride for s in specs.values()], sizes, config.anchors.ratios)
+    anchors = config.anchors
+    grid = AnchorGrid([s.stride for s in specs.values()], sizes, anchors.ratios, anchors.style)
     cin = next(iter(specs.values())).channels
     channels = config.rpn.channels or cin
     head = RpnHead(cin, channels, grid.per_cell[0], config.rpn.softmax)
     return RPN(head, grid, list(specs), config.rpn)
 
 
-def pyramid_pooler(config: Config, specs: Mapping[str, FeatureSpec]) -> RoiPooler:
-    """RoIAlign from the levels of a pyramid up to ``box.roi_max_level``."""
+def pyramid_pooler(
+    config: Config, specs: Mapping[str, FeatureSpec], pool: RoiPool | None = None
+) -> RoiPooler:
+    """Pooling from the levels of a pyramid up to ``box.roi_max_level``, RoIAlign unless given."""
     box = config.box
     used = {name: spec for name, spec in specs.items() if int(name[1:]) <= box.roi_max_level}
-    pool = Align(box.resolution, box.sampling_ratio, box.aligned)
+    pool = pool or Align(box.resolution, box.sampling_ratio, box.aligned)
     return RoiPooler(used, pool, box.canonical_size)
 
 

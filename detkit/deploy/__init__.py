@@ -1,0 +1,1 @@
+"""Models made ready to be used and no longer trained."""
