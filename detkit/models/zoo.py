@@ -11,7 +11,10 @@ from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
 from detkit.models.backbones.shuffle import shuffle_net
 from detkit.models.backbones.shuffle_supernet import ShuffleSupernet
+from detkit.models.backbones.xception import xception145
 from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
+from detkit.models.builders.retinanet import retinanet
+from detkit.models.builders.rfcn import light_head, light_head_fpn, rfcn
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
 from detkit.models.search_space import (
@@ -43,6 +46,7 @@ BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "detnet59": lambda norm: detnet((3, 4, 6, 3, 3), norm),
     "detnet59-noproj": lambda norm: detnet((3, 4, 6, 3, 3), norm, project_last=False),
     "detnet110": lambda norm: detnet((3, 4, 23, 3, 3), norm),
+    "xception145": xception145,
     "resnet50-tiny": resnet_tiny,
     "detnet59-tiny": detnet_tiny,
     **{name: _published(name) for name in ARCHITECTURES},
@@ -104,6 +108,11 @@ def build_detector(config: Config, num_classes: int) -> Detector:
 DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
     "frcnn-fpn": frcnn_fpn,
     "maskrcnn-fpn": maskrcnn_fpn,
+    "retinanet": retinanet,
+    "rfcn": rfcn,
+    "rfcn-thin": light_head,
+    "light-head": light_head,
+    "light-head-fpn": light_head_fpn,
 }
 """Detector by name, from the configuration, the backbone and the number of classes."""
 
