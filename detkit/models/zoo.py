@@ -11,6 +11,7 @@ from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
 from detkit.models.backbones.xception import xception145
 from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
+from detkit.models.builders.retinanet import retinanet
 from detkit.models.builders.rfcn import light_head, light_head_fpn, rfcn
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
@@ -74,6 +75,7 @@ def build_detector(config: Config, num_classes: int) -> Detector:
 DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
     "frcnn-fpn": frcnn_fpn,
     "maskrcnn-fpn": maskrcnn_fpn,
+    "retinanet": retinanet,
     "rfcn": rfcn,
     "rfcn-thin": light_head,
     "light-head": light_head,
