@@ -29,6 +29,7 @@ from detkit.data import (
     steps_per_epoch,
     train_batches,
 )
+from detkit.deploy.fold import fold as fold_norms
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
 from detkit.engine.classification import top1
@@ -466,6 +467,7 @@ def evaluate(
     analysis: bool = False,
     metric: str = "coco",
     device: str = "auto",
+    fold: bool = False,
     save_detections: str | Path | None = None,
     on_image: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -480,6 +482,7 @@ def evaluate(
         analysis: add AP and AR by IoU and area.
         metric: ``coco``, ``voc07`` or ``voc12``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        fold: score the detector with its batch norms folded into its convolutions.
         save_detections: also write the detections as a COCO results file.
         on_image: called with (images done, images in all).
 
@@ -490,6 +493,8 @@ def evaluate(
         DetkitError: unusable checkpoint, data set or results file.
     """
     if detections is not None:
+        if fold:
+            raise ConfigError("--fold: must go with a checkpoint, got a results file alone")
         config = configs.resolve(overrides)
         dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
         truth = dataset.truth()
@@ -498,7 +503,13 @@ def evaluate(
     if checkpoint is None:
         raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")
     results, dataset = detect_split(
-        checkpoint, data=data, split=split, overrides=overrides, device=device, on_image=on_image
+        checkpoint,
+        data=data,
+        split=split,
+        overrides=overrides,
+        device=device,
+        fold=fold,
+        on_image=on_image,
     )
     if save_detections is not None:
         _write_json(save_detections, results)
@@ -513,12 +524,15 @@ def detect_split(
     split: str = "val",
     overrides: Iterable[Mapping[str, Any]] = (),
     device: str = "auto",
+    fold: bool = False,
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
     loaded = load(checkpoint, device)
     if loaded.kind == "backbone":
         raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}")
+    if fold:
+        loaded = replace(loaded, model=fold_norms(loaded.model))
     config = configs.resolve(overrides, loaded.config)
     dataset = open_detection(data or config.data.path, split, config.data)
     return _detect(loaded, dataset, config, on_image), dataset

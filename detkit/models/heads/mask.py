@@ -15,6 +15,7 @@ from detkit.models.heads.roi import RoiPooler, to_rois
 from detkit.models.necks.fpn import ConvNorm
 from detkit.models.norm import norm_named
 from detkit.models.targets import RoiSample
+from detkit.models.weights import ClassRows
 from detkit.ops.roi_align import roi_align
 from detkit.types import Detections, Target
 
@@ -38,7 +39,7 @@ class MaskPredictor(nn.Module):
     ) -> None:
         super().__init__()
         make_norm = norm_named(norm)
-        self.class_rows = {"masks": (0, 1)}  # rows before the first class, rows per class
+        self.class_rows = {"masks": ClassRows(0, 1)}
         self.convs = nn.ModuleList(
             ConvNorm(cin if i == 0 else channels, channels, 3, make_norm) for i in range(convs)
         )
