@@ -46,6 +46,9 @@ val2017/*.jpg"""
     type=click.IntRange(1),
     help="With --compare: bootstrap draws of the images.  [default: 1000]",
 )
+@click.option(
+    "--fold", is_flag=True, help="Fold the batch norms into the convolutions, as for deployment."
+)
 @click.option("--analysis", is_flag=True, help="Also AP and AR by IoU and area.")
 @click.option(
     "--picture",
@@ -101,6 +104,7 @@ def command(
         place: dict[str, Any] = {"data": path, "split": split}
         draws = {"resamples": resamples or 1000, "seed": common.seed or 0}
         place["analysis"] = options["analysis"] or picture is not None
+        place["fold"] = options["fold"]
         _compare(common, compare, overrides, place | draws, picture)
         return
     if checkpoint is None and options["detections"] is None:

@@ -116,8 +116,8 @@ class AnchorConfig:
     """Anchors of the region proposal network; strides come from the feature maps."""
 
     sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    """Sides in input pixels of square anchors: one per level of a pyramid, finest first; all of
-    them in each cell of a detector with one level."""
+    """Sides in input pixels of square anchors: one per level of a pyramid, finest first (or as many
+    on each, level by level); all of them in each cell of a detector with one level."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height divided by width."""
     octave_scales: int = 1
@@ -248,6 +248,8 @@ class BoxConfig:
     """Detections kept per image."""
     min_size: float = 0.0
     """Smallest side in input pixels of a detection."""
+    keep_empty: bool = False
+    """Keep detections that are empty after clipping (torchvision's RetinaNet does)."""
 
     def __post_init__(self) -> None:
         _one_of("box.ps_pool", self.ps_pool, ("max", "avg", "cells"))
@@ -310,9 +312,19 @@ class RetinaConfig:
 
     def __post_init__(self) -> None:
         _one_of("retina.p6_from", self.p6_from, ("c5", "p5"))
-        for name in ("fg_iou", "bg_iou", "alpha", "prior"):
+        for name in ("fg_iou", "bg_iou", "alpha"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"retina.{name}", "in 0..1", value)
+        _require(
+            self.bg_iou <= self.fg_iou,
+            "retina.bg_iou",
+            f"at most retina.fg_iou={self.fg_iou}",
+            self.bg_iou,
+        )
+        _require(0 < self.prior < 1, "retina.prior", "between 0 and 1", self.prior)
+        for name in ("gamma", "smooth_l1_beta"):
+            value = getattr(self, name)
+            _require(value >= 0, f"retina.{name}", "zero or more", value)
         for name in ("convs", "pre_nms"):
             _require(getattr(self, name) > 0, f"retina.{name}", "positive", getattr(self, name))
 
@@ -506,7 +518,7 @@ class EvalConfig:
     every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     metric: str = "AP"
-    """What `best.pth` is best at: AP, AP50, voc07, voc12 (detectors) or top1 (classifiers)."""
+    """What `best.pth` is best at: AP, AP50, voc07, voc12, segm_AP for detectors; else top1."""
     patience: int = 0
     """Stop after this many evaluations without a better metric; 0 never stops early."""
 

@@ -50,6 +50,8 @@ class AnchorGrid:
         sizes: Anchor sides of each level.
         ratios: Heights divided by widths, the same for all levels.
         style: ``torchvision`` (:func:`cell_anchors`) or ``caffe`` (:func:`caffe_cell_anchors`).
+        measured: Divide the padded image by the map instead of taking ``strides``: what torchvision
+            does, another number where a map's size was rounded up.
 
     Raises:
         ValueError: ``strides`` and ``sizes`` differ in length.
@@ -61,12 +63,14 @@ class AnchorGrid:
         sizes: Sequence[Sequence[float]],
         ratios: Sequence[float],
         style: str = "torchvision",
+        measured: bool = False,
     ) -> None:
         if len(strides) != len(sizes):
             raise ValueError(
                 f"anchors: one list of sizes per level ({len(strides)}), got {len(sizes)}"
             )
         self.strides = tuple(strides)
+        self.measured = measured
         if style == "caffe":
             levels = zip(sizes, strides, strict=True)
             self.cells = [caffe_cell_anchors(s, ratios, stride) for s, stride in levels]
@@ -79,25 +83,46 @@ class AnchorGrid:
         return [len(cell) for cell in self.cells]
 
     def __call__(
-        self, shapes: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
+        self,
+        shapes: Sequence[tuple[int, int]],
+        device: torch.device | str = "cpu",
+        image: tuple[int, int] | None = None,
     ) -> list[Tensor]:
         """Anchors of each level, (H * W * per_cell, 4), row by row, those of a cell side by side.
 
         Args:
             shapes: (H, W) of each level.
             device: Where to put them.
+            image: (height, width) in pixels of the padded image, for measured strides.
+
+        Raises:
+            ValueError: Strides are measured and ``image`` is not given.
         """
         return [
-            self._level(*args, device)
-            for args in zip(self.cells, self.strides, shapes, strict=True)
+            self._level(cell, steps, shape, device)
+            for cell, steps, shape in zip(
+                self.cells, self._steps(shapes, image), shapes, strict=True
+            )
         ]
+
+    def _steps(
+        self, shapes: Sequence[tuple[int, int]], image: tuple[int, int] | None
+    ) -> list[tuple[int, int]]:
+        """Pixels between cells of each level, down and right."""
+        if not self.measured:
+            return [(stride, stride) for stride in self.strides]
+        if image is None:
+            raise ValueError(
+                "anchors: measured strides need the size of the padded image, got none"
+            )
+        return [(image[0] // height, image[1] // width) for height, width in shapes]
 
     @staticmethod
     def _level(
-        cell: Tensor, stride: int, shape: tuple[int, int], device: torch.device | str
+        cell: Tensor, steps: tuple[int, int], shape: tuple[int, int], device: torch.device | str
     ) -> Tensor:
-        y = torch.arange(shape[0], dtype=torch.float32, device=device) * stride
-        x = torch.arange(shape[1], dtype=torch.float32, device=device) * stride
+        y = torch.arange(shape[0], dtype=torch.float32, device=device) * steps[0]
+        x = torch.arange(shape[1], dtype=torch.float32, device=device) * steps[1]
         y, x = torch.meshgrid(y, x, indexing="ij")
         centre = torch.stack([x, y, x, y], -1)  # (H, W, 4)
         return (centre[:, :, None, :] + cell.to(device)).reshape(-1, 4)

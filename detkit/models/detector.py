@@ -12,6 +12,7 @@ from detkit.errors import DataError
 from detkit.models.backbones.base import Backbone
 from detkit.models.heads.box import BoxHead
 from detkit.models.heads.mask import MaskHead, paste_masks
+from detkit.models.heads.retina import RetinaHead
 from detkit.models.heads.rpn import RPN
 from detkit.types import Batch, Detections
 
@@ -59,7 +60,7 @@ class TwoStageDetector(nn.Module):
         """
         check_targets(batch, self.num_classes)
         features = self.features(batch.images)
-        output = self.rpn(features)
+        output = self.rpn(features, image_size(batch.images))
         config: RpnConfig = self.rpn.config
         proposals = self.rpn.proposals(
             output, batch.sizes, config.pre_nms_train, config.post_nms_train
@@ -89,7 +90,7 @@ class TwoStageDetector(nn.Module):
         features = self.features(images)
         config: RpnConfig = self.rpn.config
         proposals = self.rpn.proposals(
-            self.rpn(features), sizes, config.pre_nms_test, config.post_nms_test
+            self.rpn(features, image_size(images)), sizes, config.pre_nms_test, config.post_nms_test
         )
         small = self.head.detect(features, proposals, sizes)
         found = in_output_pixels(small, sizes, output_sizes)
@@ -108,13 +109,68 @@ class TwoStageDetector(nn.Module):
         The head sees ``proposals`` RoIs per image, the mask head as many as there are detections.
         """
         features = self.features(images)
-        self.rpn(features)
+        self.rpn(features, image_size(images))
         self.head.run_layers(features, proposals)
         if self.mask_head is not None:
             self.mask_head.run_layers(features, self.head.config.max_detections)
 
 
-Detector = TwoStageDetector
+class OneStageDetector(nn.Module):
+    """Backbone and neck give maps, the head classifies and refines every anchor on them.
+
+    Args:
+        backbone: Images (N, 3, H, W) to maps by name.
+        neck: Maps by name to the maps that ``head`` uses.
+        head: Classes and boxes of anchors.
+        num_classes: Classes without background.
+    """
+
+    def __init__(
+        self, backbone: Backbone, neck: nn.Module, head: RetinaHead, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.num_classes = num_classes
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps of the neck."""
+        maps: dict[str, Tensor] = self.neck(self.backbone(images))
+        return maps
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses by name; their sum is what to minimise.
+
+        Raises:
+            DataError: A label is outside 1..num_classes.
+            ValueError: Not one target per image.
+        """
+        check_targets(batch, self.num_classes)
+        output = self.head(self.features(batch.images), image_size(batch.images))
+        return self.head.losses(output, batch.targets)
+
+    @torch.no_grad()
+    def detect(
+        self, images: Tensor, sizes: Tensor, output_sizes: Tensor | None = None
+    ) -> list[Detections]:
+        """Detections of each image, best first.
+
+        Args:
+            images: (N, 3, H, W), normalised, zero-padded at right and bottom.
+            sizes: (N, 2) height and width before padding.
+            output_sizes: (N, 2) height and width of the images whose pixels boxes come in, as the
+                files have them; None gives the pixels of ``images``.
+        """
+        output = self.head(self.features(images), image_size(images))
+        return in_output_pixels(self.head.detect(output, sizes), sizes, output_sizes)
+
+    def run_layers(self, images: Tensor, proposals: int) -> None:
+        """Run every layer once, to count costs (meta device); there are no ``proposals``."""
+        self.head(self.features(images), image_size(images))
+
+
+Detector = TwoStageDetector | OneStageDetector
 """Any detector: ``forward(batch)`` gives losses, ``detect(images, sizes, output_sizes=None)``
 detections."""
 
@@ -144,6 +200,11 @@ def in_output_pixels(
         moved = torch.minimum((boxes * factor).clamp(min=0), edge).to(boxes.dtype)
         scaled.append(Detections(boxes=moved, labels=found["labels"], scores=found["scores"]))
     return scaled
+
+
+def image_size(images: Tensor) -> tuple[int, int]:
+    """(height, width) of padded images (N, 3, H, W)."""
+    return images.shape[2], images.shape[3]
 
 
 def check_targets(batch: Batch, num_classes: int) -> None:

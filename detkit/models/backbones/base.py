@@ -33,6 +33,11 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of ``images`` (N, 3, H, W), named and shaped as ``feature_specs`` says."""
 
+    def classifier_layers(self, num_classes: int) -> tuple[nn.Module, nn.Linear]:
+        """What a classifier puts on the last map before its global average, and after it."""
+        last = list(self.feature_specs.values())[-1]
+        return nn.Identity(), nn.Linear(last.channels, num_classes)
+
     @property
     def num_stages(self) -> int:
         """Stages with the stem."""

@@ -17,14 +17,27 @@ def pyramid_sizes(config: Config, levels: Sequence[str]) -> list[tuple[float, ..
     """Anchor sides of each level of a pyramid.
 
     Raises:
-        ConfigError: Not one side per level.
+        ConfigError: Not one side per level, nor as many on each.
     """
     sizes, octave = config.anchors.sizes, config.anchors.octave_scales
-    if len(sizes) != len(levels):
+    each, rest = divmod(len(sizes), len(levels))
+    if rest or not each:
         raise ConfigError(
-            f"anchors.sizes: must be one side for each of {', '.join(levels)}, got {list(sizes)}"
+            f"anchors.sizes: must be one side for each of {', '.join(levels)}, or as many for each,"
+            f" level by level, got {list(sizes)}"
         )
-    return [tuple(side * 2 ** (i / octave) for i in range(octave)) for side in sizes]
+    sides = [side * 2 ** (i / octave) for side in sizes for i in range(octave)]
+    per_level = each * octave
+    return [tuple(sides[i : i + per_level]) for i in range(0, len(sides), per_level)]
+
+
+def anchor_grid(
+    config: Config, specs: Mapping[str, FeatureSpec], sizes: Sequence[Sequence[float]]
+) -> AnchorGrid:
+    """Anchors of the maps ``specs``, with the sides ``sizes`` on each."""
+    anchors = config.anchors
+    strides = [spec.stride for spec in specs.values()]
+    return AnchorGrid(strides, sizes, anchors.ratios, anchors.style, anchors.measured_strides)
 
 
 def cell_sizes(config: Config) -> tuple[float, ...]:
@@ -43,8 +56,7 @@ def region_proposals(
         specs: Maps used, by name, finest first.
         sizes: Anchor sides of each map.
     """
-    anchors = config.anchors
-    grid = AnchorGrid([s.stride for s in specs.values()], sizes, anchors.ratios, anchors.style)
+    grid = anchor_grid(config, specs, sizes)
     cin = next(iter(specs.values())).channels
     channels = config.rpn.channels or cin
     head = RpnHead(cin, channels, grid.per_cell[0], config.rpn.softmax)
