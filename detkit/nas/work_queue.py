@@ -6,8 +6,9 @@ work. Pieces may take uneven times: nobody waits before all pieces are taken.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Protocol
 
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, badly exported
 from torch.distributed.distributed_c10d import Store
 
-_TIMEOUT = timedelta(hours=24)  # one candidate may take long; a dead process ends the others
+_CONNECT = timedelta(minutes=5)
+_WORK = timedelta(hours=24)  # one candidate may take long; who loses a process is ended by torchrun
 
 
 class WorkQueue(Protocol):
@@ -31,9 +33,6 @@ class WorkQueue(Protocol):
     def run(self, name: str, count: int, do: Callable[[int], str]) -> list[str]:
         """``[do(0), ..., do(count - 1)]``, each done by one process; ``name`` is used once."""
 
-    def close(self) -> None:
-        """Wait until nobody needs this process any more."""
-
 
 class LocalQueue:
     """One process does everything."""
@@ -48,15 +47,12 @@ class LocalQueue:
         """``[do(0), ..., do(count - 1)]``."""
         return [do(index) for index in range(count)]
 
-    def close(self) -> None:
-        """Nothing to wait for."""
-
 
 class StoreQueue:
     """Processes that take the next piece from a counter in a store of ``torch.distributed``.
 
     Args:
-        store: The same store in every process; see :func:`open_store`.
+        store: The same store in every process; see :func:`work_queue`.
         rank: Number of this process.
         world: Number of processes.
     """
@@ -83,15 +79,15 @@ class StoreQueue:
             self._store.set(f"done/{name}/{index}", do(index))
         return [str(self._store.get(f"done/{name}/{i}"), "utf-8") for i in range(count)]
 
-    def close(self) -> None:
-        """Rank 0 holds the store, so it waits for the others to be through."""
+    def leave(self) -> None:
+        """Needs the queue no more; rank 0, which holds the store, waits for the others."""
         if self._rank:
             self._store.set(f"left/{self._rank}", "")
         else:
             self._store.wait([f"left/{rank}" for rank in range(1, self._world)])
 
 
-def open_store() -> Store:
+def _open_store() -> Store:
     """A store of the processes of torchrun's group, held by rank 0.
 
     Needs an initialised process group that takes CPU tensors.
@@ -107,11 +103,20 @@ def open_store() -> Store:
 
 def _store(port: int, *, master: bool) -> TCPStore:
     host = os.environ["MASTER_ADDR"]
-    return TCPStore(host, port, None, master, _TIMEOUT, wait_for_workers=False)
+    store = TCPStore(host, port, None, master, _CONNECT, wait_for_workers=False)
+    store.set_timeout(_WORK)
+    return store
 
 
-def work_queue() -> WorkQueue:
-    """A queue over all processes of the group, or of this one where there is no other."""
+@contextlib.contextmanager
+def work_queue() -> Iterator[WorkQueue]:
+    """A queue over all processes of the group, or of this one where there is no other.
+
+    Rank 0 leaves it last; after an error nobody waits.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return LocalQueue()
-    return StoreQueue(open_store(), dist.get_rank(), dist.get_world_size())
+        yield LocalQueue()
+        return
+    queue = StoreQueue(_open_store(), dist.get_rank(), dist.get_world_size())
+    yield queue
+    queue.leave()
