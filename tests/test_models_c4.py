@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from detkit.config import Config, resolve
 from detkit.errors import CheckpointError, ConfigError
 from detkit.models import (
-    BACKBONES,
     build_backbone,
     build_classifier,
     build_detector,
@@ -51,8 +50,11 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_backbone_trains_and_detects(backbone: str) -> None:
+KINDS = ("resnet50", "resnet50-dilated", "detnet59", "xception145", "detnas-300m", "detnet59-tiny")
+
+
+@pytest.mark.parametrize("backbone", KINDS)
+def test_every_kind_of_backbone_trains_and_detects(backbone: str) -> None:
     model = build_detector(config(model={"backbone": backbone}), CLASSES)
     assert list(model.backbone.feature_specs)[-1] == "c4"
     data = batch([[5, 5, 40, 30]])
@@ -143,7 +145,7 @@ def test_frozen_stages_stay_fixed_and_the_head_learns() -> None:
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     total(model(batch([[5, 5, 40, 30]], [[9, 9, 60, 60]]))).backward()
-    tail = model.head.predictor.layer4[0].conv1.weight
+    tail = model.head.predictor.layer4[0].bn2.weight
     assert tail.grad is not None and tail.grad.any()
     optimizer.step()
     assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
@@ -154,7 +156,7 @@ def test_frozen_stages_stay_fixed_and_the_head_learns() -> None:
     ("change", "message"),
     [
         ({"model": {"frozen_stages": 5}}, r"model.frozen_stages: must be in 0..4 .* got 5"),
-        ({"model": {"head_norm": "gn"}}, "model.head_norm: must be none for frcnn-c4"),
+        ({"model": {"head_norm": "gn"}}, "model.head_norm: must be none or model.norm = 'bn'"),
         ({"box": {"channels": 64}}, "box.channels: must be 0 for frcnn-c4"),
         ({"model": {"backbone": "detnas-supernet20"}}, "must be one network .* got a supernet"),
     ],

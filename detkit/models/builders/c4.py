@@ -28,10 +28,10 @@ def frcnn_c4(config: Config, backbone: Backbone, num_classes: int) -> TwoStageDe
             f"box.channels: must be 0 for frcnn-c4, whose head is the backbone's last stages, "
             f"got {box.channels}"
         )
-    if model.head_norm != "none":
+    if model.head_norm not in ("none", model.norm):
         raise ConfigError(
-            f"model.head_norm: must be none for frcnn-c4, whose head has the backbone's norms, "
-            f"got {model.head_norm!r}"
+            f"model.head_norm: must be none or model.norm = {model.norm!r} for frcnn-c4, whose "
+            f"head is of the backbone's layers, got {model.head_norm!r}"
         )
     channels = list(backbone.feature_specs.values())[-1].channels
     tail = backbone.take_stages_after("c4")
