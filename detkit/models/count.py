@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,21 @@ class Part:
 
 
 def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, int]:
-    """Multiply-adds of each Conv2d and Linear of ``model`` while ``run`` executes it."""
+    """Multiply-adds of each Conv2d and Linear of ``model`` while ``run`` executes it.
+
+    Any other layer that multiplies has a method ``macs(output)``.
+    """
     macs: dict[nn.Module, int] = {}
 
     def add(module: nn.Module, _: object, out: Tensor) -> None:
-        each = module.get_parameter("weight")[0].numel()  # weights that make one output number
-        macs[module] = macs.get(module, 0) + out.numel() * each
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            each = module.weight[0].numel()  # weights that make one output number
+            count = out.numel() * each
+        else:
+            count = cast(_Costed, module).macs(out)
+        macs[module] = macs.get(module, 0) + count
 
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [m for m in model.modules() if _is_layer(m)]
     handles = [m.register_forward_hook(add) for m in layers]
     try:
         with torch.no_grad():
@@ -45,13 +53,22 @@ def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Modul
     return macs
 
 
+class _Costed(Protocol):
+    def macs(self, output: Tensor) -> int:
+        """Multiply-adds of a call that gave ``output``."""
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d | nn.Linear) or hasattr(module, "macs")
+
+
 def _part(modules: Iterable[nn.Module], macs: dict[nn.Module, int]) -> Part:
     inside = {m for module in modules for m in module.modules()}
     params = {p for m in inside for p in m.parameters(recurse=False)}
     return Part(
         params=sum(p.numel() for p in params),
         macs=sum(macs.get(m, 0) for m in inside),
-        convs=sum(isinstance(m, nn.Conv2d) for m in inside),
+        convs=sum(isinstance(m, nn.Conv2d) or hasattr(m, "macs") for m in inside),
     )
 
 
