@@ -46,7 +46,16 @@ val2017/*.jpg"""
     type=click.IntRange(1),
     help="With --compare: bootstrap draws of the images.  [default: 1000]",
 )
+@click.option(
+    "--fold", is_flag=True, help="Fold the batch norms into the convolutions, as for deployment."
+)
 @click.option("--analysis", is_flag=True, help="Also AP and AR by IoU and area.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="With --analysis or --compare: draw AP and AR over IoU, by area.",
+)
 @click.option(
     "--metric",
     type=click.Choice(["coco", "voc07", "voc12"]),
@@ -64,6 +73,7 @@ def command(
     images: str,
     compare: tuple[str, str] | None,
     resamples: int | None,
+    picture: Path | None,
     **options: Any,
 ) -> None:
     r"""Score CHECKPOINT, by default the newest detector run, on a data set.
@@ -80,6 +90,8 @@ def command(
 
     if resamples is not None and compare is None:
         raise ConfigError("--resamples: must go with --compare, got it alone")
+    if picture is not None:
+        _check_picture(picture, options, compare)
     if coco is not None and coco.endswith(".pth") and checkpoint is None:
         checkpoint, coco = (
             Path(coco),
@@ -89,23 +101,64 @@ def command(
     overrides: list[Any] = [*common.layers(), *([{"data": {"images": images}}] if images else [])]
     if compare is not None:
         _refuse_beside_compare(checkpoint, options)
-        place = {"data": path, "split": split}
+        place: dict[str, Any] = {"data": path, "split": split}
         draws = {"resamples": resamples or 1000, "seed": common.seed or 0}
-        _compare(common, compare, overrides, {**place, "analysis": options["analysis"], **draws})
+        place["analysis"] = options["analysis"] or picture is not None
+        place["fold"] = options["fold"]
+        _compare(common, compare, overrides, place | draws, picture)
         return
     if checkpoint is None and options["detections"] is None:
         checkpoint = Path(str(api.newest_checkpoint("finetune")))
         click.echo(f"using {checkpoint}", err=True)
     if common.dry_run:
         plan = {"checkpoint": str(checkpoint), "data": path, "split": split, **_plain(options)}
+        plan |= _drawn(picture)
         emit(common, {"dry_run": True, **plan}, lambda: click.echo(plan))
         return
     result = _evaluate(common, checkpoint, path, split, overrides, options)
-    emit(common, result, lambda: _show(result))
+    if picture is not None:
+        _draw({str(checkpoint or options["detections"]): result}, picture)
+    emit(common, result | _drawn(picture), lambda: _show(result))
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+
+
+def _check_picture(picture: Path, options: dict[str, Any], compare: object) -> None:
+    """Refuse what could not be drawn at the end, before the work is done."""
+    if not (options["analysis"] or compare):
+        raise ConfigError("--picture: must go with --analysis or --compare, got neither")
+    if options["metric"] != "coco":
+        raise ConfigError(f"--picture: must go with --metric coco, got {options['metric']!r}")
+    if picture.suffix not in (".png", ".svg", ".pdf") or not picture.parent.is_dir():
+        raise ConfigError(
+            f"--picture: must be a .png, .svg or .pdf file in a folder that exists, got {picture}"
+        )
+    from detkit.report.analysis import require_matplotlib
+
+    require_matplotlib()
+
+
+def _drawn(picture: Path | None) -> dict[str, str]:
+    return {} if picture is None else {"picture": str(picture)}
+
+
+def _draw(results: dict[str, dict[str, Any]], picture: Path) -> None:
+    from detkit.report.analysis import draw_analysis, save_figure
+
+    analyses = {_short(name): result["analysis"] for name, result in results.items()}
+    images = next(iter(results.values()))["images"]
+    save_figure(draw_analysis(analyses, note=f"{images} images"), picture)
+
+
+def _short(name: str, most: int = 48) -> str:
+    """A run's name for its checkpoints, else the file's name; long ones lose their middle."""
+    prefix, _, given = name.rpartition("=")
+    path = Path(given)
+    text = path.parent.name if path.name in ("best.pth", "last.pth") else path.name
+    text = prefix + (text or given)
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
 
 
 def _evaluate(
@@ -155,17 +208,24 @@ def _refuse_beside_compare(checkpoint: Path | None, options: dict[str, Any]) -> 
 
 
 def _compare(
-    common: Common, pair: tuple[str, str], overrides: list[Tables], options: dict[str, Any]
+    common: Common,
+    pair: tuple[str, str],
+    overrides: list[Tables],
+    options: dict[str, Any],
+    picture: Path | None,
 ) -> None:
     if common.dry_run:
-        plan = {"compare": list(pair), **options}
+        plan = {"compare": list(pair), **options, **_drawn(picture)}
         emit(common, {"dry_run": True, **plan}, lambda: click.echo(plan))
         return
     from detkit.comparison import compare
 
     with _progress() as show:
         result = compare(*pair, overrides=overrides, device=common.device, on_image=show, **options)
-    emit(common, result, lambda: _show_comparison(result, pair))
+    if picture is not None:
+        named = zip(("A: ", "B: "), pair, (result["a"], result["b"]), strict=True)
+        _draw({f"{side}={given}": scores for side, given, scores in named}, picture)
+    emit(common, result | _drawn(picture), lambda: _show_comparison(result, pair))
 
 
 def _coco_folder(value: str) -> str:
@@ -199,8 +259,8 @@ def _show_comparison(result: dict[str, Any], pair: tuple[str, str]) -> None:
     ]
     print_table(rows_table("AP per class", ["class", *columns], rows))
     _show_analysis({"A ": result["a"], "B ": result["b"]})
-    drawn = f"{result['resamples']} draws of {result['images']} images, seed {result['seed']}"
-    click.echo(f"interval: bootstrap over images, the same for A and B; {drawn}")
+    draws = f"{result['resamples']} draws of {result['images']} images, seed {result['seed']}"
+    click.echo(f"interval: bootstrap over images, the same for A and B; {draws}")
     for name in "ab":
         _show_normalised(result[name], f"{name.upper()} ")
 
@@ -216,16 +276,16 @@ def _interval(spread: dict[str, Any]) -> list[str | None]:
 def _show_analysis(results: dict[str, dict[str, Any]]) -> None:
     """One table per quantity; rows are area by area, those of the results side by side."""
     from detkit.cli.tables import print_table, rows_table
+    from detkit.engine.analysis import PAPER_COLUMNS
 
     tables = {name: result.get("analysis", {}) for name, result in results.items()}
     for quantity, areas in next(iter(tables.values())).items():
-        ious = list(next(iter(areas.values())))
         rows = [
-            [f"{name}{area}", *table[quantity][area].values()]
+            [f"{name}{area}", *(table[quantity][area][iou] for iou in PAPER_COLUMNS)]
             for area in areas
             for name, table in tables.items()
         ]
-        print_table(rows_table(f"{quantity} by area and IoU", ["area", *ious], rows))
+        print_table(rows_table(f"{quantity} by area and IoU", ["area", *PAPER_COLUMNS], rows))
 
 
 def _show_normalised(result: dict[str, Any], name: str = "") -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from detkit import config as configs
-from detkit.config import Config
+from detkit.config import Config, ModelConfig
 from detkit.data import (
     DetectionDataset,
     eval_batches,
@@ -29,6 +29,7 @@ from detkit.data import (
     steps_per_epoch,
     train_batches,
 )
+from detkit.deploy.fold import fold as fold_norms
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
 from detkit.engine.classification import top1
@@ -42,16 +43,18 @@ from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
 from detkit.models import build_classifier, build_detector
 from detkit.models.count import count_classifier, count_detector
 from detkit.models.weights import init_backbone, init_detector
-from detkit.models.zoo import BACKBONES, DETECTORS, build_backbone
+from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
 from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
 DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
 VOC_METRICS = ("voc07", "voc12")
+MASK_METRICS = tuple(f"segm_{name}" for name in NUMBERS)
 COCO_CLASSES = 80
+_SHAPE_TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask")
 _KINDS = {"pretrain": "backbone", "finetune": "detector"}
-_METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS)}
+_METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS, *MASK_METRICS)}
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def resolve_config(
         start.append(configs.read_toml(configs.recipe_path(name)))
     if stored is None:
         return configs.resolve([*start, *layers])
-    own = _own_settings(stored, configs.resolve(start).model.norm if start else None)
+    wanted = configs.resolve([*start, *layers]).model if start else None
+    own = _own_settings(stored, wanted)
     config = configs.resolve([*start, own, *layers])
     for key in {"backbone", "detector"} & own["model"].keys():
         got, ours = getattr(config.model, key), own["model"][key]
@@ -175,22 +179,29 @@ def _default_recipe(command: str, layers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _own_settings(
-    stored: checkpoints.Checkpoint, recipe_norm: str | None
+    stored: checkpoints.Checkpoint, wanted: ModelConfig | None
 ) -> dict[str, dict[str, Any]]:
-    """What a training takes over from its checkpoint: all without a recipe, else the shape."""
+    """What a training takes over from its checkpoint: all without a recipe, else the shape.
+
+    Args:
+        stored: the checkpoint.
+        wanted: the model that recipe and settings ask for; None without a recipe.
+    """
     config = {table: dict(values) for table, values in stored["config"].items()}
     for key in ("path", "split", "val_split", "images"):
         del config["data"][key]
-    if recipe_norm is None:
+    if wanted is None:
         return config
     pixels = {key: config["data"][key] for key in ("mean", "std")}
     if stored["kind"] == "backbone":
-        shape = {"backbone": config["model"]["backbone"]}
-        norm = config["model"]["norm"]
-        if "gn" in (norm, recipe_norm):  # batch norms, frozen or not, share their weights
+        name, norm = config["model"]["backbone"], config["model"]["norm"]
+        if WEIGHTS_OF.get(wanted.backbone) == name:  # its weights, dilated
+            name = wanted.backbone
+        shape = {"backbone": name}
+        if "gn" in (norm, wanted.norm):  # batch norms, frozen or not, share their weights
             shape["norm"] = norm
         return {"model": shape, "data": pixels}
-    return {table: config[table] for table in ("model", "anchors", "rpn", "box")} | {"data": pixels}
+    return {table: config[table] for table in _SHAPE_TABLES} | {"data": pixels}
 
 
 def newest_checkpoint(command: str, *, required: bool = True) -> str | None:
@@ -233,6 +244,11 @@ def check_metric(command: str, config: Config) -> None:
         raise ConfigError(
             f"eval.metric: must be one of {', '.join(known)} for {command}, got {metric!r}"
             f"{configs.suggest(metric, known)}"
+        )
+    if metric in MASK_METRICS and config.model.detector not in WITH_MASKS:
+        raise ConfigError(
+            f"eval.metric: must be one of boxes for {config.model.detector}, which gives no masks,"
+            f" got {metric!r}"
         )
 
 
@@ -290,6 +306,7 @@ def train(
         train_set = _open(command, config, config.data.split)
         val_set = _open(command, config, config.data.val_split)
         _same_categories(train_set.categories, val_set.categories)
+        _require_masks(val_set, config)
         torch.manual_seed(config.train.seed)
         model = build(config, train_set.categories, _KINDS[command])
         if config.model.norm == "frozen_bn" and not (init_from or resume):
@@ -322,8 +339,20 @@ def train(
 
 
 def _open(command: str, config: Config, split: str) -> Any:
-    opener = open_classification if command == "pretrain" else open_detection
-    return opener(config.data.path, split, config.data)
+    data = config.data
+    if command == "pretrain":
+        return open_classification(data.path, split, data)
+    masks = config.model.detector in WITH_MASKS and split == data.split  # scoring needs no targets
+    return open_detection(data.path, split, data, masks=masks)
+
+
+def _require_masks(dataset: Any, config: Config) -> None:
+    """Refuse to choose the best checkpoint by masks that the validation split lacks."""
+    if config.eval.metric in MASK_METRICS and not dataset.has_masks:
+        raise DataError(
+            f"{dataset.source}: objects must have masks for eval.metric = "
+            f"{config.eval.metric!r}, got none in split {config.data.val_split!r}"
+        )
 
 
 def _tell_problems(dataset: Any, split: str) -> None:
@@ -419,7 +448,10 @@ def _validate(
     metric = config.eval.metric
     if metric in VOC_METRICS:
         return {metric: score(dataset.truth(), results, metric=metric)[metric]["mAP"]}
-    return dict(score(dataset.truth(), results)["bbox"])
+    masks = config.model.detector in WITH_MASKS and dataset.has_masks
+    kinds = ("bbox", "segm") if masks else ("bbox",)
+    scores = score(dataset.truth(), results, iou_types=kinds)
+    return dict(scores["bbox"]) | {f"segm_{k}": v for k, v in scores.get("segm", {}).items()}
 
 
 # -- evaluation
@@ -435,6 +467,7 @@ def evaluate(
     analysis: bool = False,
     metric: str = "coco",
     device: str = "auto",
+    fold: bool = False,
     save_detections: str | Path | None = None,
     on_image: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -449,6 +482,7 @@ def evaluate(
         analysis: add AP and AR by IoU and area.
         metric: ``coco``, ``voc07`` or ``voc12``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        fold: score the detector with its batch norms folded into its convolutions.
         save_detections: also write the detections as a COCO results file.
         on_image: called with (images done, images in all).
 
@@ -459,6 +493,8 @@ def evaluate(
         DetkitError: unusable checkpoint, data set or results file.
     """
     if detections is not None:
+        if fold:
+            raise ConfigError("--fold: must go with a checkpoint, got a results file alone")
         config = configs.resolve(overrides)
         dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
         truth = dataset.truth()
@@ -467,7 +503,13 @@ def evaluate(
     if checkpoint is None:
         raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")
     results, dataset = detect_split(
-        checkpoint, data=data, split=split, overrides=overrides, device=device, on_image=on_image
+        checkpoint,
+        data=data,
+        split=split,
+        overrides=overrides,
+        device=device,
+        fold=fold,
+        on_image=on_image,
     )
     if save_detections is not None:
         _write_json(save_detections, results)
@@ -482,12 +524,15 @@ def detect_split(
     split: str = "val",
     overrides: Iterable[Mapping[str, Any]] = (),
     device: str = "auto",
+    fold: bool = False,
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
     loaded = load(checkpoint, device)
     if loaded.kind == "backbone":
         raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}")
+    if fold:
+        loaded = replace(loaded, model=fold_norms(loaded.model))
     config = configs.resolve(overrides, loaded.config)
     dataset = open_detection(data or config.data.path, split, config.data)
     return _detect(loaded, dataset, config, on_image), dataset

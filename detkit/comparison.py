@@ -38,6 +38,7 @@ def compare(
     overrides: Iterable[Mapping[str, Any]] = (),
     analysis: bool = False,
     device: str = "auto",
+    fold: bool = False,
     resamples: int = 1000,
     seed: int = 0,
     on_image: OnImage | None = None,
@@ -54,6 +55,7 @@ def compare(
         overrides: layers of settings on top of each checkpoint's.
         analysis: add AP and AR by IoU and area to both.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        fold: fold the batch norms of the checkpoints into their convolutions.
         resamples: bootstrap draws of the images.
         seed: of the draws.
         on_image: called with (images done, images in all).
@@ -68,6 +70,8 @@ def compare(
     if resamples < 1:
         raise ConfigError(f"--resamples: must be at least 1, got {resamples}")
     sources, layers = [_source(a), _source(b)], list(overrides)
+    if fold and all(source.suffix == ".json" for source in sources):
+        raise ConfigError("--fold: must go with a checkpoint, got results files alone")
     path = data or _data_path(sources, layers)
     listed = open_detection(path, split, configs.resolve(layers).data, need_images=False)
     truth = listed.truth()
@@ -81,7 +85,13 @@ def compare(
         show = None if on_image is None else partial(_progress, on_image, turn, len(models))
         sides[n] = _Side(
             *detect_split(
-                sources[n], data=path, split=split, overrides=layers, device=device, on_image=show
+                sources[n],
+                data=path,
+                split=split,
+                overrides=layers,
+                device=device,
+                fold=fold,
+                on_image=show,
             )
         )
     ordered = [sides[models[0]] if models else sides[0], *sides.values()]  # first: whose truth

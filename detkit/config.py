@@ -36,7 +36,7 @@ _PS_BOX = {"class_agnostic": True, "ohem": 256, "regression_weight": 2.0, "score
 DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "frcnn-c4": {
         "rpn": {"channels": 512, "pre_nms_train": 12000, "pre_nms_test": 6000},
-        "box": {"resolution": 14},
+        "box": {"resolution": 14, "channels": 0},
     },
     "retinanet": {
         "anchors": {"octave_scales": 3},
@@ -45,13 +45,14 @@ DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "rfcn": {
         "anchors": {"style": "caffe"},
         "rpn": _C4_RPN,
-        "box": {**_PS_BOX, "ps_pool": "cells", "nms_iou": 0.3},
+        "box": {**_PS_BOX, "ps_pool": "cells", "nms_iou": 0.3, "channels": 0},
+        "thin": {"kernel": 1, "mid_channels": 1024},
     },
     "rfcn-thin": {
         "anchors": {"style": "caffe"},
         "rpn": _C4_RPN,
         "box": {**_PS_BOX, "ps_pool": "cells", "nms_iou": 0.3, "channels": 0},
-        "thin": {"kernel": 1},
+        "thin": {"kernel": 1, "mid_channels": 1024},
     },
     "light-head": {
         "anchors": {"style": "caffe"},
@@ -115,15 +116,15 @@ class AnchorConfig:
     """Anchors of the region proposal network; strides come from the feature maps."""
 
     sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    """Sides in input pixels of square anchors: one per level of a pyramid, finest first; all of
-    them in each cell of a detector with one level."""
+    """Sides in input pixels of square anchors: one per level of a pyramid, finest first (or as many
+    on each, level by level); all of them in each cell of a detector with one level."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height divided by width."""
     octave_scales: int = 1
     """Sizes per octave and level: size * 2^(i / octave_scales) (RetinaNet: 3)."""
     style: str = "torchvision"
-    """torchvision (whole pixels around the cell's corner) or caffe (rounded shapes of a 16-pixel
-    base around the cell's centre, as R-FCN and Light-Head R-CNN)."""
+    """torchvision (whole pixels around the cell's corner) or caffe (around the cell's centre, whole
+    pixels at the cell's own size, then scaled, as R-FCN and Light-Head R-CNN)."""
     measured_strides: bool = False
     """Strides are padded image size // map size, as torchvision computes them, and not the declared
     ones; they differ where a map's size was rounded up."""
@@ -206,9 +207,9 @@ class BoxConfig:
     resolution: int = 7
     """Bins of RoI pooling per side."""
     sampling_ratio: int = 2
-    """Samples per bin and axis; 0 adapts to the RoI's size."""
+    """Samples per bin and axis; 0 adapts to the RoI's size. Not used by ps_pool cells."""
     aligned: bool = True
-    """Half-pixel shift of RoIAlign."""
+    """Half-pixel shift of RoIAlign; position-sensitive heads have ps_offset."""
     ps_pool: str = "max"
     """Position-sensitive heads: max or avg of the sampled points (PS-RoIAlign), or cells, the mean
     over whole cells of R-FCN's PS-RoI pooling."""
@@ -219,7 +220,7 @@ class BoxConfig:
     canonical_size: float = 224.0
     """Box side in pixels that goes to level 4; level k = floor(4 + log2(side / canonical_size))."""
     channels: int = 1024
-    """Width of the fully connected layers; 0 leaves them out (thin feature maps alone)."""
+    """Width of the fully connected layers; 0 leaves them out (thin feature maps, R-FCN)."""
     batch_per_image: int = 512
     """RoIs sampled for the loss; not used with ohem."""
     ohem: int = 0
@@ -247,6 +248,8 @@ class BoxConfig:
     """Detections kept per image."""
     min_size: float = 0.0
     """Smallest side in input pixels of a detection."""
+    keep_empty: bool = False
+    """Keep detections that are empty after clipping (torchvision's RetinaNet does)."""
 
     def __post_init__(self) -> None:
         _one_of("box.ps_pool", self.ps_pool, ("max", "avg", "cells"))
@@ -264,16 +267,19 @@ class BoxConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ThinConfig:
-    """Thin feature maps of Light-Head R-CNN (section 3.2)."""
+    """Position-sensitive maps: R-FCN's and the thin ones of Light-Head R-CNN (section 3.2)."""
 
     channels: int = 10
-    """Channels per bin; box.resolution^2 times as many come out of the convolution."""
+    """Channels per bin; box.resolution^2 times as many come out of the convolution. R-FCN has one
+    per class and box number instead."""
     kernel: int = 15
-    """Length of the large separable convolution; 1 is an ordinary 1x1 convolution."""
+    """Length of the large separable convolution; 1 puts R-FCN's two 1x1 convolutions in its place.
+    """
     mid_channels: int = 256
-    """Channels between its two parts (setting L 256, setting S 64)."""
+    """Channels between the two: of the separable one (setting L 256, setting S 64), or of R-FCN's
+    1x1 (1024)."""
     lr_factor: float = 3.0
-    """Learning-rate factor of the convolutions that make the maps (also of R-FCN's first one)."""
+    """Learning-rate factor of the large separable convolution, or of the first of R-FCN's two."""
 
     def __post_init__(self) -> None:
         _require(self.kernel % 2 == 1, "thin.kernel", "odd", self.kernel)
@@ -306,9 +312,19 @@ class RetinaConfig:
 
     def __post_init__(self) -> None:
         _one_of("retina.p6_from", self.p6_from, ("c5", "p5"))
-        for name in ("fg_iou", "bg_iou", "alpha", "prior"):
+        for name in ("fg_iou", "bg_iou", "alpha"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"retina.{name}", "in 0..1", value)
+        _require(
+            self.bg_iou <= self.fg_iou,
+            "retina.bg_iou",
+            f"at most retina.fg_iou={self.fg_iou}",
+            self.bg_iou,
+        )
+        _require(0 < self.prior < 1, "retina.prior", "between 0 and 1", self.prior)
+        for name in ("gamma", "smooth_l1_beta"):
+            value = getattr(self, name)
+            _require(value >= 0, f"retina.{name}", "zero or more", value)
         for name in ("convs", "pre_nms"):
             _require(getattr(self, name) > 0, f"retina.{name}", "positive", getattr(self, name))
 
@@ -358,6 +374,8 @@ class DataConfig:
     """Chance of a horizontal flip when training."""
     color_jitter: float = 0.0
     """Strength of brightness, contrast and saturation jitter when training."""
+    lighting: float = 0.0
+    """Deviation of AlexNet's colour noise along ImageNet's principal colours when training."""
     min_crop: float = 1.0
     """Detectors: smallest share of each side kept by a random crop when training (1 turns it off);
     classifiers: smallest share of the area kept."""
@@ -382,6 +400,7 @@ class DataConfig:
             self.train_long_side >= 0, "data.train_long_side", "zero or more", self.train_long_side
         )
         _require(0 <= self.flip <= 1, "data.flip", "in 0..1", self.flip)
+        _require(self.lighting >= 0, "data.lighting", "zero or more", self.lighting)
         _require(0 < self.min_crop <= 1, "data.min_crop", "in (0, 1]", self.min_crop)
         _require(0 < self.eval_crop <= 1, "data.eval_crop", "in (0, 1]", self.eval_crop)
         _require(
@@ -499,7 +518,7 @@ class EvalConfig:
     every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     metric: str = "AP"
-    """What `best.pth` is best at: AP, AP50, voc07, voc12 (detectors) or top1 (classifiers)."""
+    """What `best.pth` is best at: AP, AP50, voc07, voc12, segm_AP for detectors; else top1."""
     patience: int = 0
     """Stop after this many evaluations without a better metric; 0 never stops early."""
 

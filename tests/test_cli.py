@@ -136,8 +136,35 @@ def test_compare_takes_runs_checkpoints_and_results(
         assert code == 0
         assert answer["a"] == scores
     assert answer["images"] == 4
-    code, answer = call(capsys, "eval", "--compare", str(folder), "own.json", "--resamples", "20")
-    assert answer["difference"]["bbox"]["AP50"] == {"value": 0, "low": 0, "high": 0}
+    line = ["eval", "--compare", str(folder), "own.json", "--resamples", "20", "--fold"]
+    code, answer = call(capsys, *line)
+    assert code == 0
+    spread = answer["difference"]["bbox"]["AP50"]
+    assert spread == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-3)
+
+
+def test_folded_batch_norms_detect_the_same(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No batch norm runs, and the detections are those of the model as it was trained."""
+    rows = []
+    for name in ("plain", "folded"):
+        flags = ["--fold"] if name == "folded" else []
+        with pytest.MonkeyPatch.context() as patch:
+            if flags:
+                patch.setattr(torch.nn.BatchNorm2d, "forward", None)
+            line = ["eval", "--data", "shapes", "--save-detections", f"{name}.json", *flags]
+            code, _ = call(capsys, *line)
+        assert code == 0
+        rows.append(json.loads(Path(f"{name}.json").read_text()))
+    assert len(rows[0]) == len(rows[1]) > 0
+    for one, other in zip(*rows, strict=True):
+        assert one["category_id"] == other["category_id"]
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.05)
+        assert one["score"] == pytest.approx(other["score"], abs=1e-3)
+    code, answer = call(capsys, "eval", "--data", "shapes", "--detections", "plain.json", "--fold")
+    assert code == 2
+    assert "--fold: must go with a checkpoint" in answer["error"]
 
 
 def test_finetune_without_arguments_starts_from_the_newest_pretrain_run(

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_evaluate import found, one_class, perturbed, random_truth, with_masks
 
 from detkit.cli.main import run
 from detkit.engine.compare import METRICS, compare, draw_weights, rank, weighted_ap
 from detkit.engine.evaluate import evaluate
 from detkit.errors import DataError
+from detkit.report.analysis import draw_analysis
 
 Record = dict[str, Any]
 
@@ -248,3 +250,96 @@ def test_command_refuses(
     assert message in capsys.readouterr().err
     assert run(["eval", "--resamples", "5"]) == 2
     assert "--resamples: must go with --compare" in capsys.readouterr().err
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def drawn_figure(names: list[str]) -> tuple[Any, Record]:
+    rng = np.random.default_rng(0)
+    truth = random_truth(rng)
+    truth["annotations"] = [a for a in truth["annotations"] if a["area"] < 96**2]
+    analysis = evaluate(truth, moved(truth, rng, 0.05), analysis=True)["analysis"]
+    pytest.importorskip("matplotlib", reason="pictures need the extra detkit[plots]")
+    return draw_analysis(dict.fromkeys(names, analysis)), analysis
+
+
+def test_picture_shows_the_analysis() -> None:
+    """Twelve panels of one scale: each line is its area's row of the analysis."""
+    figure, analysis = drawn_figure(["one", "other"])
+    panels = np.array(figure.axes).reshape(3, 4)
+    for row, quantity in zip(panels, analysis.values(), strict=True):
+        for panel, values in zip(row, quantity.values(), strict=True):
+            assert panel.get_ylim() == (0, 1)
+            assert len(panel.get_lines()) == 2
+            for line in panel.get_lines():
+                expected = [values[f"{t / 100:g}"] for t in range(50, 100, 5)]
+                expected = [float("nan") if v is None else v for v in expected]
+                np.testing.assert_array_equal(line.get_ydata(), expected)
+            mean = values["mean"]
+            shown = "no objects" if mean is None else f"mean {mean:.3f}"
+            assert [text.get_text() for text in panel.texts] == [shown, shown]
+    assert panels[0, 3].texts[0].get_text() == "no objects"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "other"]
+
+
+def test_picture_labels_do_not_overlap() -> None:
+    """Axis labels, titles and means as they are laid out, for names as long as they get."""
+    figure, _ = drawn_figure(["A: " + "x" * 45, "B: " + "y" * 45])
+    figure.canvas.draw()
+    texts = [t for p in figure.axes for t in (*p.texts, p.title, p.xaxis.label, p.yaxis.label)]
+    texts += [*figure.legends[0].get_texts(), figure._suptitle]
+    boxes = [t.get_window_extent() for t in texts if t.get_text()]
+    assert len(boxes) > 30
+    edges = figure.bbox
+    for n, box in enumerate(boxes):
+        assert edges.x0 <= box.x0 < box.x1 <= edges.x1
+        assert edges.y0 <= box.y0 < box.y1 <= edges.y1
+        assert not any(box.overlaps(other) for other in boxes[:n])
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_command_draws(
+    results: Path, real_data: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra detkit[plots]")
+    line = ["eval", "--compare", "rough.json", "near.json", "--data", str(real_data / "bccd")]
+    line += ["--picture", f"curves.{suffix}", "--resamples", "2", "--json"]
+    assert run(line) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["picture"] == f"curves.{suffix}"
+    assert answer["b"]["analysis"]["AP"]["all"]["0.5"] == answer["b"]["bbox"]["AP50"]
+    if suffix == "svg":
+        assert "<svg" in (results / "curves.svg").read_text()
+    else:
+        pixels = np.asarray(Image.open(results / "curves.png").convert("RGB"))
+        for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+            assert (pixels == color).all(2).sum() > 1000, "both lines must be there"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--picture: must go with --analysis or --compare, got neither"),
+        (["--analysis", "--metric", "voc07"], "--picture: must go with --metric coco, got 'voc07'"),
+        (["--analysis", "--picture", "x.jpg"], "must be a .png, .svg or .pdf file in a folder"),
+        (["--analysis", "--picture", "gone/x.png"], "in a folder that exists, got gone/x.png"),
+    ],
+)
+def test_pictures_that_cannot_be_drawn_are_refused(
+    results: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run(["eval", "--detections", "near.json", "--picture", "x.png", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib_nothing_is_started(
+    results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data set is not looked for: the message is about matplotlib."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = ["eval", "--detections", "near.json", "--data", "gone", "--analysis"]
+    assert run([*line, "--picture", "x.png"]) == 2
+    assert "matplotlib must be installed, got none; run `pip install detkit[plots]`" in (
+        capsys.readouterr().err
+    )

@@ -380,6 +380,20 @@ def test_classification_batches(classes: Path) -> None:
     assert len({f for [b] in run for f in b.files}) == 10
 
 
+def test_lighting_shifts_whole_images_when_training(classes: Path) -> None:
+    dataset = open_classification(str(classes), "train", settings().data)
+    std = torch.tensor(settings().data.std).reshape(3, 1, 1)
+    [[plain]] = take(dataset, settings(), 1)
+    [[lit]] = take(dataset, settings(data={"lighting": 0.1}), 1)
+    shift = (lit.images - plain.images) * std  # the same views: what is drawn last differs
+    each = shift.mean((2, 3))
+    assert (shift - each[:, :, None, None]).abs().max() < 1e-5
+    assert each.abs().max(1).values.min() > 0 and len({tuple(s) for s in each.tolist()}) == 4
+    assert each.abs().max() < 0.2
+    seen = [next(eval_batches(dataset, settings(data={"lighting": x}))).images for x in (0.0, 0.1)]
+    assert torch.equal(*seen)
+
+
 def test_classification_evaluation(classes: Path) -> None:
     config = settings()
     data = open_classification(str(classes), "val", config.data)

@@ -194,6 +194,17 @@ def test_jitter_is_random_and_bounded() -> None:
     assert np.abs(np.asarray(still, float) - np.asarray(image, float)).max() <= 1
 
 
+def test_lighting_spreads_as_published() -> None:
+    rng = np.random.default_rng(0)
+    shifts = np.stack([transforms.lighting(rng, 0.1) for _ in range(20_000)])
+    # Grey (brighter or darker) varies most, by 0.1 * 0.2175 along an axis of length one.
+    values, axes = np.linalg.eigh(np.cov(shifts.T))
+    np.testing.assert_allclose(np.sqrt(values), [0.00045, 0.00188, 0.02175], rtol=0.03)
+    assert abs(axes[:, 2] @ [0.5675, 0.5808, 0.5836]) == pytest.approx(1, abs=1e-3)
+    assert np.abs(shifts.mean(0)).max() < 3 * 0.02175 / np.sqrt(20_000)
+    assert not transforms.lighting(rng, 0.0).any()
+
+
 def test_normalising() -> None:
     image = picture(4, 6)
     out = torch.zeros(3, 8, 8)

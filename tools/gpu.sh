@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under nine minutes: build in place, GPU tests, operator benchmark, a training run.
+# Everything that needs a GPU, in under nine minutes: build in place, GPU tests, benchmarks of the operators and of
+# whole detectors, a training run.
 # Uses PYTHON (default python3) as it is and installs nothing; what that Python lacks, and the data, come from .carry/,
 # which `make carry` fills. Results go to OUT (default build/gpu).
 set -euo pipefail
@@ -21,12 +22,14 @@ tests=(tests/test_nms.py tests/test_roi_ops.py tests/test_conv_ops.py)
 complete=0
 if "$python" -c 'import tomli_w, pycocotools, click, rich'; then tests=(tests) complete=1; fi
 failed=0
-timeout 150 "$python" -m pytest "${tests[@]}" -m gpu -q 2>&1 | tee "$out/tests.log" | tail -n 40 || failed=1
-timeout 90 "$python" benchmarks/ops.py --device cuda --json "$out/ops.json" 2>&1 | tee "$out/ops.log" || failed=1
+timeout 130 "$python" -m pytest "${tests[@]}" -m gpu -q 2>&1 | tee "$out/tests.log" | tail -n 40 || failed=1
+timeout 80 "$python" benchmarks/ops.py --device cuda --json "$out/ops.json" 2>&1 | tee "$out/ops.log" || failed=1
+timeout 90 "$python" benchmarks/speed.py --device cuda --images 100 --warmup 20 --json "$out/speed.json" 2>&1 |
+  tee "$out/speed.log" || failed=1
 if [ "$complete" = 1 ] && [ -d "${DETKIT_TEST_DATA:-}/bccd" ]; then
   # full-size DetNet-59-FPN from scratch, so with trainable norms
-  timeout 170 "$python" -m detkit.cli finetune --data "$DETKIT_TEST_DATA/bccd" --recipe detnet/detnet59-fpn --json \
-    --minutes "${MINUTES:-1.5}" --batch-size 8 --out "$out/bccd" --set model.norm=gn --set model.frozen_stages=0 \
+  timeout 110 "$python" -m detkit.cli finetune --data "$DETKIT_TEST_DATA/bccd" --recipe detnet/detnet59-fpn --json \
+    --minutes "${MINUTES:-1}" --batch-size 8 --out "$out/bccd" --set model.norm=gn --set model.frozen_stages=0 \
     --set model.head_norm=gn --set train.amp=bf16 --set train.clip=10.0 >"$out/bccd.json" || failed=1
   tail -n 3 "$out/bccd/log.txt" "$out/bccd.json"
   rm -f "$out"/bccd/*.pth # too large to bring back

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -100,6 +102,7 @@ class _Loaded:
 
     images: Tensor | None = None
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    shifts: list[NDArray[np.float64]] = field(default_factory=list)
     boxes: list[NDArray[np.float32]] = field(default_factory=list)
     labels: list[NDArray[np.int64]] = field(default_factory=list)
     iscrowd: list[NDArray[np.bool_]] = field(default_factory=list)
@@ -145,8 +148,9 @@ class _Fetcher(Dataset[_Loaded]):
         else:
             height, width = loaded.sizes[0]
         loaded.images = torch.zeros(len(views), 3, height, width)
-        for out, view in zip(loaded.images, views, strict=True):
-            transforms.normalise_into(out, view, self.config.data.mean, self.config.data.std)
+        for out, view, shift in zip(loaded.images, views, loaded.shifts, strict=True):
+            mean = np.subtract(self.config.data.mean, shift)  # a shift of all pixels
+            transforms.normalise_into(out, view, mean.tolist(), self.config.data.std)
 
     def _view(self, key: Key, loaded: _Loaded) -> Any:
         """Pixels of one sample, its truth appended to ``loaded``; None where it is left out.
@@ -190,14 +194,22 @@ class _Fetcher(Dataset[_Loaded]):
                 min_crop=data.min_crop,
             )
         image = geometry.image(dataset.image(key.index, geometry.needed))
+        image = self._recoloured(rng, image, loaded)
         if self.training:
-            if data.color_jitter:
-                image = transforms.jitter(rng, image, data.color_jitter)
             self._append_target(dataset, key.index, geometry, boxes, loaded)
         loaded.sizes.append(geometry.size)
         loaded.files.append(dataset.records.files[key.index])
         loaded.image_ids.append(dataset.records.image_ids[key.index])
         loaded.original_sizes.append(source)
+        return image
+
+    def _recoloured(self, rng: Generator, image: Image, loaded: _Loaded) -> Image:
+        """``image`` in the colours of its view, but for a shift that goes to ``loaded``."""
+        data = self.config.data
+        if self.training and data.color_jitter:
+            image = transforms.jitter(rng, image, data.color_jitter)
+        shifted = self.training and data.lighting > 0
+        loaded.shifts.append(transforms.lighting(rng, data.lighting) if shifted else np.zeros(3))
         return image
 
     def _append_target(
@@ -233,8 +245,7 @@ class _Fetcher(Dataset[_Loaded]):
         else:
             geometry = transforms.central(source, side=key.short_side, share=data.eval_crop)
         image = geometry.image(dataset.image(key.index, geometry.needed))
-        if self.training and data.color_jitter:
-            image = transforms.jitter(rng, image, data.color_jitter)
+        image = self._recoloured(rng, image, loaded)
         loaded.sizes.append(geometry.size)
         loaded.labels.append(dataset.labels[key.index])
         loaded.files.append(dataset.names[key.index])

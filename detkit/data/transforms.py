@@ -9,6 +9,7 @@ when shrinking, a triangle as wide as the step).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,13 @@ from detkit.data import masks
 _KEPT_SHARE = 0.25
 _CROP_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
+
+# Principal components of the RGB values (0..1) of ImageNet's training images, one per column, and
+# the deviations along them, as published with AlexNet's augmentation.
+_COLOR_AXES = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
+_COLOR_SPREAD = np.array([0.2175, 0.0188, 0.0045])
 
 
 @dataclass(frozen=True)
@@ -198,8 +206,18 @@ def jitter(rng: Generator, image: Image.Image, strength: float) -> Image.Image:
     return image
 
 
+def lighting(rng: Generator, strength: float) -> NDArray[np.float64]:
+    """(3,) shift of all R, G, B values in 0..1 (Krizhevsky et al., 2012, section 4.1).
+
+    Along each principal colour of ImageNet by its deviation times a normal number of deviation
+    ``strength``.
+    """
+    shift: NDArray[np.float64] = _COLOR_AXES @ (_COLOR_SPREAD * rng.normal(0, strength, 3))
+    return shift
+
+
 def normalise_into(
-    out: Tensor, image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]
+    out: Tensor, image: Image.Image, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """Write (value / 255 - mean) / std of an RGB image into the top left of ``out`` (3, H, W)."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w) uint8

@@ -15,15 +15,14 @@ Table = dict[str, dict[str, float | None]]
 AREAS = ("all", "small", "medium", "large")
 """Small is an area below 32**2 pixels, large one above 96**2."""
 
-IOUS = {
-    "mean": slice(None),
-    "0.5": slice(0, 1),
-    "0.6": slice(2, 3),
-    "0.7": slice(4, 5),
-    "0.8": slice(6, 7),
-    "0.85": slice(7, 8),
-}
-"""Column to its place among the thresholds .5:.05:.95; "mean" is over all ten."""
+THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
+"""COCO's IoU thresholds."""
+
+IOUS = {"mean": slice(None)} | {f"{t:g}": slice(i, i + 1) for i, t in enumerate(THRESHOLDS)}
+"""Column to its place among the thresholds; "mean" is over all ten."""
+
+PAPER_COLUMNS = ("mean", "0.5", "0.6", "0.7", "0.8", "0.85")
+"""Columns of the paper's tables."""
 
 
 def analyse(tables: dict[str, Array], agnostic: dict[str, Array]) -> dict[str, Table]:

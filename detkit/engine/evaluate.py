@@ -27,7 +27,7 @@ from detkit.engine.voc import evaluate_voc
 from detkit.errors import DataError
 from detkit.types import Batch, CategoryMap, Detections
 
-__all__ = ["detect_dataset", "evaluate", "normalise_truth", "original_boxes", "original_mask"]
+__all__ = ["detect_dataset", "evaluate", "normalise_truth"]
 
 Record = dict[str, Any]
 Array = npt.NDArray[np.float64]
@@ -256,7 +256,9 @@ def detect_dataset(
     """Detections of ``model`` on every image, as COCO results in the pixels of the files.
 
     Args:
-        model: has ``detect(images, sizes) -> list[Detections]``, labels 1..K; in eval mode here.
+        model: has ``detect(images, sizes, output_sizes) -> list[Detections]``, labels 1..K, boxes
+            and masks in pixels of images of ``output_sizes`` (of ``images`` where that is None);
+            in eval mode here.
         batches: each image once; ``original_sizes`` None means that they were not resized.
         categories: labels to the data set's category ids.
         device: where the images go.
@@ -269,7 +271,9 @@ def detect_dataset(
     results: list[Record] = []
     with inference(model):
         for batch in batches:
-            found = model.detect(batch.images.to(device), batch.sizes)  # type: ignore[operator]
+            found = model.detect(  # type: ignore[operator]
+                batch.images.to(device), batch.sizes, batch.original_sizes
+            )
             results.extend(_batch_results(batch, found, categories))
             if on_batch is not None:
                 on_batch(batch)
@@ -284,25 +288,19 @@ def _batch_results(
             f"detect_dataset: each of {len(batch.sizes)} images must have an id and detections, "
             f"got {len(batch.image_ids)} ids and {len(detections)} detections"
         )
-    originals = batch.sizes if batch.original_sizes is None else batch.original_sizes
+    shown = batch.sizes if batch.original_sizes is None else batch.original_sizes
     return [
         result
-        for image_id, found, size, original in zip(
-            batch.image_ids, detections, batch.sizes.tolist(), originals.tolist(), strict=True
-        )
-        for result in _image_results(image_id, found, size, original, categories)
+        for image_id, found, size in zip(batch.image_ids, detections, shown.tolist(), strict=True)
+        for result in _image_results(image_id, found, size, categories)
     ]
 
 
 def _image_results(
-    image_id: int | str,
-    found: Detections,
-    size: list[int],
-    original: list[int],
-    categories: CategoryMap,
+    image_id: int | str, found: Detections, size: list[int], categories: CategoryMap
 ) -> list[Record]:
-    """COCO results of one image; ``size`` (height, width) as detected, ``original`` as a file."""
-    boxes = original_boxes(found["boxes"], size, original)
+    """COCO results of one image of ``size`` (height, width), in whose pixels ``found`` is."""
+    boxes = found["boxes"].detach().cpu().double()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # xyxy to xywh
     labels, scores = found["labels"].tolist(), found["scores"].tolist()
     if labels and not 1 <= min(labels) <= max(labels) <= len(categories):
@@ -317,35 +315,8 @@ def _image_results(
     ]
     if "masks" in found:
         for result, mask in zip(results, found["masks"], strict=True):
-            result["segmentation"] = _encode(original_mask(mask, size, original))
+            result["segmentation"] = _encode(mask[: size[0], : size[1]].cpu())
     return results
-
-
-def original_boxes(boxes: Tensor, size: Sequence[int], original: Sequence[int]) -> Tensor:
-    """Boxes of a resized image in pixels of the file, clipped to it.
-
-    Args:
-        boxes: (R, 4) xyxy in pixels of the resized image.
-        size: (height, width) of the resized image; whole pixels, so each axis has its own factor.
-        original: (height, width) of the file.
-
-    Returns:
-        (R, 4) xyxy float64 on the CPU.
-    """
-    limits = torch.tensor([original[1], original[0]] * 2, dtype=torch.float64)
-    given = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
-    scaled = boxes.detach().cpu().double() * (limits / given)
-    return torch.minimum(scaled.clamp(min=0), limits)
-
-
-def original_mask(mask: Tensor, size: Sequence[int], original: Sequence[int]) -> Tensor:
-    """Mask (H, W) of a resized, padded image as bool (height, width) of the file.
-
-    Resampled bilinearly and cut at one half; ``size`` and ``original`` as in `original_boxes`.
-    """
-    cut = mask[: size[0], : size[1]].detach().cpu().float()[None, None]  # (1, 1, h, w)
-    resized = nn.functional.interpolate(cut, size=tuple(original), mode="bilinear")
-    return resized[0, 0] >= 0.5
 
 
 def _encode(mask: Tensor) -> Record:

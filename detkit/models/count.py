@@ -1,6 +1,7 @@
 """Parameters and multiply-adds, counted on the meta device: nothing is computed or stored.
 
-One multiply-add of a Conv2d or Linear is 1; norms, activations, pooling and biases are not counted.
+One multiply-add of a Conv2d, ConvTranspose2d or Linear is 1; norms, activations, pooling and biases
+are not counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from detkit.models.backbones.base import Backbone
 from detkit.models.classifier import Classifier
 from detkit.models.zoo import build_backbone, build_detector
 
+_KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -28,21 +31,23 @@ class Part:
 
 
 def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, int]:
-    """Multiply-adds of each Conv2d and Linear of ``model`` while ``run`` executes it.
+    """Multiply-adds of each layer with products of ``model`` while ``run`` executes it.
 
-    Any other layer that multiplies has a method ``macs(output)``.
+    Layers are Conv2d, ConvTranspose2d, Linear, and whatever has a method ``macs(output)``.
     """
     macs: dict[nn.Module, int] = {}
 
-    def add(module: nn.Module, _: object, out: Tensor) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            each = module.weight[0].numel()  # weights that make one output number
-            count = out.numel() * each
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        if isinstance(module, _KINDS):
+            each = module.weight[0].numel()
+            # each: weights that make one output number, or that one input number is spread by
+            numbers = inputs[0] if isinstance(module, nn.ConvTranspose2d) else out
+            count = numbers.numel() * each
         else:
             count = cast(_Costed, module).macs(out)
         macs[module] = macs.get(module, 0) + count
 
-    layers = [m for m in model.modules() if _is_layer(m)]
+    layers = [m for m in model.modules() if isinstance(m, _KINDS) or hasattr(m, "macs")]
     handles = [m.register_forward_hook(add) for m in layers]
     try:
         with torch.no_grad():
@@ -56,10 +61,6 @@ def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Modul
 class _Costed(Protocol):
     def macs(self, output: Tensor) -> int:
         """Multiply-adds of a call that gave ``output``."""
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d | nn.Linear) or hasattr(module, "macs")
 
 
 def _part(modules: Iterable[nn.Module], macs: dict[nn.Module, int]) -> Part:
@@ -115,7 +116,8 @@ def count_detector(
         proposals: RoIs the head of a two-stage detector sees.
 
     Returns:
-        Parts ``total``, ``backbone``, ``neck``, ``head`` and, of two stages, ``rpn``.
+        Parts ``total``, ``backbone``, ``neck``, ``head`` and, of two stages, ``rpn``, with masks
+        ``mask_head``.
     """
     with torch.device("meta"):
         model = build_detector(config, num_classes).eval()

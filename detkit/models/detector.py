@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from detkit.config import RpnConfig
 from detkit.errors import DataError
 from detkit.models.backbones.base import Backbone
 from detkit.models.heads.box import BoxHead
+from detkit.models.heads.mask import MaskHead, paste_masks
+from detkit.models.heads.retina import RetinaHead
 from detkit.models.heads.rpn import RPN
 from detkit.types import Batch, Detections
 
@@ -22,15 +26,111 @@ class TwoStageDetector(nn.Module):
         rpn: Region proposal network.
         head: Classes and boxes of the proposals.
         num_classes: Classes without background.
+        mask_head: Masks of the head's boxes, learnt from its positives.
     """
 
     def __init__(
-        self, backbone: Backbone, neck: nn.Module, rpn: RPN, head: BoxHead, num_classes: int
+        self,
+        backbone: Backbone,
+        neck: nn.Module,
+        rpn: RPN,
+        head: BoxHead,
+        num_classes: int,
+        mask_head: MaskHead | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = neck
         self.rpn = rpn
+        self.head = head
+        self.num_classes = num_classes
+        self.mask_head = mask_head
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps of the neck."""
+        maps: dict[str, Tensor] = self.neck(self.backbone(images))
+        return maps
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses by name; their sum is what to minimise.
+
+        Raises:
+            DataError: A label is outside 1..num_classes, or a mask is missing.
+            ValueError: Not one target per image.
+        """
+        check_targets(batch, self.num_classes)
+        features = self.features(batch.images)
+        output = self.rpn(features, image_size(batch.images))
+        config: RpnConfig = self.rpn.config
+        proposals = self.rpn.proposals(
+            output, batch.sizes, config.pre_nms_train, config.post_nms_train
+        )
+        losses = self.rpn.losses(output, batch.targets, batch.sizes)
+        samples = [
+            self.head.sample(boxes, truth)
+            for boxes, truth in zip(proposals, batch.targets, strict=True)
+        ]
+        losses |= self.head.losses(features, samples)
+        if self.mask_head is not None:
+            losses |= self.mask_head.losses(features, samples, batch.targets)
+        return losses
+
+    @torch.no_grad()
+    def detect(
+        self, images: Tensor, sizes: Tensor, output_sizes: Tensor | None = None
+    ) -> list[Detections]:
+        """Detections of each image, best first, with masks where there is a mask head.
+
+        Args:
+            images: (N, 3, H, W), normalised, zero-padded at right and bottom.
+            sizes: (N, 2) height and width before padding.
+            output_sizes: (N, 2) height and width of the images whose pixels boxes and masks come
+                in, as the files have them; None gives the pixels of ``images``, masks (R, H, W).
+        """
+        features = self.features(images)
+        config: RpnConfig = self.rpn.config
+        proposals = self.rpn.proposals(
+            self.rpn(features, image_size(images)), sizes, config.pre_nms_test, config.post_nms_test
+        )
+        small = self.head.detect(features, proposals, sizes)
+        found = in_output_pixels(small, sizes, output_sizes)
+        if self.mask_head is None:
+            return found
+        cells = self.mask_head.detect(features, small)
+        shapes = [images.shape[2:]] * len(images) if output_sizes is None else output_sizes.tolist()
+        threshold = self.mask_head.config.threshold
+        for one, probabilities, shape in zip(found, cells, shapes, strict=True):
+            one["masks"] = paste_masks(probabilities, one["boxes"], shape, threshold)
+        return found
+
+    def run_layers(self, images: Tensor, proposals: int) -> None:
+        """Run every layer once, to count costs (meta device).
+
+        The head sees ``proposals`` RoIs per image, the mask head as many as there are detections.
+        """
+        features = self.features(images)
+        self.rpn(features, image_size(images))
+        self.head.run_layers(features, proposals)
+        if self.mask_head is not None:
+            self.mask_head.run_layers(features, self.head.config.max_detections)
+
+
+class OneStageDetector(nn.Module):
+    """Backbone and neck give maps, the head classifies and refines every anchor on them.
+
+    Args:
+        backbone: Images (N, 3, H, W) to maps by name.
+        neck: Maps by name to the maps that ``head`` uses.
+        head: Classes and boxes of anchors.
+        num_classes: Classes without background.
+    """
+
+    def __init__(
+        self, backbone: Backbone, neck: nn.Module, head: RetinaHead, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
         self.head = head
         self.num_classes = num_classes
 
@@ -47,43 +147,64 @@ class TwoStageDetector(nn.Module):
             ValueError: Not one target per image.
         """
         check_targets(batch, self.num_classes)
-        features = self.features(batch.images)
-        output = self.rpn(features)
-        config: RpnConfig = self.rpn.config
-        proposals = self.rpn.proposals(
-            output, batch.sizes, config.pre_nms_train, config.post_nms_train
-        )
-        losses = self.rpn.losses(output, batch.targets, batch.sizes)
-        samples = [
-            self.head.sample(boxes, truth)
-            for boxes, truth in zip(proposals, batch.targets, strict=True)
-        ]
-        return losses | self.head.losses(features, samples)
+        output = self.head(self.features(batch.images), image_size(batch.images))
+        return self.head.losses(output, batch.targets)
 
     @torch.no_grad()
-    def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """Detections of each image in the pixels of ``images``, best first.
+    def detect(
+        self, images: Tensor, sizes: Tensor, output_sizes: Tensor | None = None
+    ) -> list[Detections]:
+        """Detections of each image, best first.
 
         Args:
             images: (N, 3, H, W), normalised, zero-padded at right and bottom.
             sizes: (N, 2) height and width before padding.
+            output_sizes: (N, 2) height and width of the images whose pixels boxes come in, as the
+                files have them; None gives the pixels of ``images``.
         """
-        features = self.features(images)
-        config: RpnConfig = self.rpn.config
-        proposals = self.rpn.proposals(
-            self.rpn(features), sizes, config.pre_nms_test, config.post_nms_test
-        )
-        return self.head.detect(features, proposals, sizes)
+        output = self.head(self.features(images), image_size(images))
+        return in_output_pixels(self.head.detect(output, sizes), sizes, output_sizes)
 
     def run_layers(self, images: Tensor, proposals: int) -> None:
-        """Run every layer once with ``proposals`` RoIs per image, to count costs (meta device)."""
-        features = self.features(images)
-        self.rpn(features)
-        self.head.run_layers(features, proposals)
+        """Run every layer once, to count costs (meta device); there are no ``proposals``."""
+        self.head(self.features(images), image_size(images))
 
 
-Detector = TwoStageDetector
-"""Any detector: ``forward(batch)`` gives losses, ``detect(images, sizes)`` detections."""
+Detector = TwoStageDetector | OneStageDetector
+"""Any detector: ``forward(batch)`` gives losses, ``detect(images, sizes, output_sizes=None)``
+detections."""
+
+
+def in_output_pixels(
+    detections: Sequence[Detections], sizes: Tensor, output_sizes: Tensor | None
+) -> list[Detections]:
+    """Boxes of resized images in pixels of images of ``output_sizes``, clipped to these.
+
+    Every detector's ``detect`` ends with this, after choosing its detections in input pixels;
+    without ``output_sizes`` nothing changes. Sides are whole pixels, so each axis has its own
+    factor.
+
+    Args:
+        detections: Boxes in pixels of images of ``sizes``, one entry per image, without masks.
+        sizes: (N, 2) height and width before padding.
+        output_sizes: (N, 2) height and width wanted, or None.
+    """
+    if output_sizes is None:
+        return list(detections)
+    scaled = []
+    rows = zip(detections, sizes.tolist(), output_sizes.tolist(), strict=True)
+    for found, (height, width), (high, wide) in rows:
+        boxes = found["boxes"]
+        edge = torch.tensor([wide, high] * 2, dtype=torch.float64, device=boxes.device)
+        factor = edge / torch.tensor([width, height] * 2, dtype=torch.float64, device=boxes.device)
+        moved = torch.minimum((boxes * factor).clamp(min=0), edge).to(boxes.dtype)
+        scaled.append(Detections(boxes=moved, labels=found["labels"], scores=found["scores"]))
+    return scaled
+
+
+def image_size(images: Tensor) -> tuple[int, int]:
+    """(height, width) of padded images (N, 3, H, W)."""
+    return images.shape[2], images.shape[3]
 
 
 def check_targets(batch: Batch, num_classes: int) -> None:

@@ -26,3 +26,22 @@ def objectness(logits: Tensor, positives: int) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross entropy (S,) of logits (S, K + 1) and labels (S,)."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def focal(logits: Tensor, truth: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss (..., ) of every logit: ``-alpha_t (1 - p_t)^gamma log(p_t)``.
+
+    Source: Lin et al., Focal Loss for Dense Object Detection (2017), section 3.2.
+
+    Args:
+        logits: Any shape, before the sigmoid.
+        truth: bool of the same shape.
+        alpha: Weight of the true entries; the others weigh 1 - alpha.
+        gamma: How fast easy entries fade; 0 gives the weighted cross entropy.
+    """
+    x = logits.float()
+    towards = torch.where(truth, x, -x)
+    log_right, log_wrong = F.logsigmoid(towards), F.logsigmoid(-towards)
+    # In logarithms: the gradient of a power is not finite at 0 where gamma < 1.
+    loss = torch.exp(gamma * log_wrong) * -log_right
+    return loss * torch.where(truth, alpha, 1 - alpha)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +17,21 @@ from detkit.errors import CheckpointError
 from detkit.types import CategoryMap
 
 _COUNTER = "num_batches_tracked"  # kept by some norms and not by others; never a weight
+
+
+class ClassRows(NamedTuple):
+    """Which rows of a layer belong to which class; modules name their class-shaped layers in an
+    attribute ``class_rows``: ``{"classes": ClassRows(1, 1)}``.
+
+    Attributes:
+        before: Rows before those of the first class.
+        each: Rows per class.
+        groups: How often all of that repeats, one group after the other.
+    """
+
+    before: int
+    each: int
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,12 +65,17 @@ class InitReport:
 def init_backbone(
     model: nn.Module, state: Mapping[str, Tensor], source: str, *, allow_partial: bool = False
 ) -> InitReport:
-    """Fill ``model.backbone`` from a classifier's state dict; its other layers stay as they are.
+    """Fill ``model.backbone``, and the layers that a head took over from it (its
+    ``backbone_layers``), from a classifier's state dict; the other layers stay as they are.
 
     Raises:
         CheckpointError: weights are missing, left over or differently shaped.
     """
-    wanted = _weights(model.state_dict(), "backbone.")
+    own = model.state_dict()
+    wanted = _weights(own, "backbone.")
+    for path, child in _backbone_layers(model):
+        moved = _weights(own, f"{path}.{child}.")
+        wanted |= {f"backbone.{k.removeprefix(path + '.')}": v for k, v in moved.items()}
     given = _weights(state, "backbone.")
     return _copy(wanted, given, source, (), (), allow_partial)
 
@@ -84,18 +105,27 @@ def init_detector(
     wanted, given = _weights(model.state_dict()), _weights(state)
     kept = tuple(name for name in ours.names if name in theirs.names)
     fresh = tuple(name for name in ours.names if name not in theirs.names)
-    for path, (head, rows) in _class_layers(model).items():
+    for path, rows in _class_layers(model).items():
         for part in ("weight", "bias"):
             key = f"{path}.{part}"
             if key in wanted and key in given:
-                _copy_rows(wanted.pop(key), given.pop(key), head, rows, theirs, ours, kept)
+                _copy_rows(wanted.pop(key), given.pop(key), rows, theirs, ours, kept)
     return _copy(wanted, given, source, kept, fresh, allow_partial)
 
 
-def _class_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Path of each class-shaped layer to (rows before the first class, rows per class)."""
+def _backbone_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """Path of each module that took over layers of the backbone, and the name of each layer."""
+    return [
+        (path, child)
+        for path, module in model.named_modules()
+        for child in getattr(module, "backbone_layers", ())
+    ]
+
+
+def _class_layers(model: nn.Module) -> dict[str, ClassRows]:
+    """Rows of each class-shaped layer, by its path."""
     return {
-        f"{path}.{child}" if path else child: rows
+        f"{path}.{child}" if path else child: ClassRows(*rows)
         for path, module in model.named_modules()
         for child, rows in getattr(module, "class_rows", {}).items()
     }
@@ -104,18 +134,18 @@ def _class_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 def _copy_rows(
     target: Tensor,
     source: Tensor,
-    head: int,
-    rows: int,
+    rows: ClassRows,
     theirs: CategoryMap,
     ours: CategoryMap,
     kept: tuple[str, ...],
 ) -> None:
     if not kept:
         return
-    target[:head] = source[:head]
+    target, source = (t.unflatten(0, (rows.groups, -1)) for t in (target, source))  # views
+    target[:, : rows.before] = source[:, : rows.before]
     for name in kept:
-        to, origin = (head + m.names.index(name) * rows for m in (ours, theirs))
-        target[to : to + rows] = source[origin : origin + rows]
+        to, origin = (rows.before + m.names.index(name) * rows.each for m in (ours, theirs))
+        target[:, to : to + rows.each] = source[:, origin : origin + rows.each]
 
 
 def _weights(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

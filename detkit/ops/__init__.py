@@ -8,6 +8,7 @@ from detkit.ops._library import backend
 from detkit.ops.dilated_conv import dilated_conv2d
 from detkit.ops.nms import batched_nms, nms
 from detkit.ops.ps_roi_align import ps_roi_align
+from detkit.ops.ps_roi_pool import ps_roi_pool
 from detkit.ops.roi_align import roi_align
 from detkit.ops.scaled_conv import scaled_conv2d
 from detkit.ops.split_conv import split_conv2d
@@ -19,6 +20,7 @@ __all__ = [
     "dilated_conv2d",
     "nms",
     "ps_roi_align",
+    "ps_roi_pool",
     "roi_align",
     "scaled_conv2d",
     "split_conv2d",

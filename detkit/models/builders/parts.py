@@ -8,7 +8,7 @@ from detkit.config import Config
 from detkit.errors import ConfigError
 from detkit.models.anchors import AnchorGrid
 from detkit.models.heads.box import BoxPredictor
-from detkit.models.heads.roi import Align, RoiPooler
+from detkit.models.heads.roi import Align, RoiPool, RoiPooler
 from detkit.models.heads.rpn import RPN, RpnHead
 from detkit.types import FeatureSpec
 
@@ -17,14 +17,33 @@ def pyramid_sizes(config: Config, levels: Sequence[str]) -> list[tuple[float, ..
     """Anchor sides of each level of a pyramid.
 
     Raises:
-        ConfigError: Not one side per level.
+        ConfigError: Not one side per level, nor as many on each.
     """
     sizes, octave = config.anchors.sizes, config.anchors.octave_scales
-    if len(sizes) != len(levels):
+    each, rest = divmod(len(sizes), len(levels))
+    if rest or not each:
         raise ConfigError(
-            f"anchors.sizes: must be one side for each of {', '.join(levels)}, got {list(sizes)}"
+            f"anchors.sizes: must be one side for each of {', '.join(levels)}, or as many for each,"
+            f" level by level, got {list(sizes)}"
         )
-    return [tuple(side * 2 ** (i / octave) for i in range(octave)) for side in sizes]
+    sides = [side * 2 ** (i / octave) for side in sizes for i in range(octave)]
+    per_level = each * octave
+    return [tuple(sides[i : i + per_level]) for i in range(0, len(sides), per_level)]
+
+
+def anchor_grid(
+    config: Config, specs: Mapping[str, FeatureSpec], sizes: Sequence[Sequence[float]]
+) -> AnchorGrid:
+    """Anchors of the maps ``specs``, with the sides ``sizes`` on each."""
+    anchors = config.anchors
+    strides = [spec.stride for spec in specs.values()]
+    return AnchorGrid(strides, sizes, anchors.ratios, anchors.style, anchors.measured_strides)
+
+
+def cell_sizes(config: Config) -> tuple[float, ...]:
+    """Anchor sides in each cell of a detector with one level."""
+    octave = config.anchors.octave_scales
+    return tuple(side * 2 ** (i / octave) for side in config.anchors.sizes for i in range(octave))
 
 
 def region_proposals(
@@ -37,18 +56,20 @@ def region_proposals(
         specs: Maps used, by name, finest first.
         sizes: Anchor sides of each map.
     """
-    grid = AnchorGrid([s.stride for s in specs.values()], sizes, config.anchors.ratios)
+    grid = anchor_grid(config, specs, sizes)
     cin = next(iter(specs.values())).channels
     channels = config.rpn.channels or cin
     head = RpnHead(cin, channels, grid.per_cell[0], config.rpn.softmax)
     return RPN(head, grid, list(specs), config.rpn)
 
 
-def pyramid_pooler(config: Config, specs: Mapping[str, FeatureSpec]) -> RoiPooler:
-    """RoIAlign from the levels of a pyramid up to ``box.roi_max_level``."""
+def pyramid_pooler(
+    config: Config, specs: Mapping[str, FeatureSpec], pool: RoiPool | None = None
+) -> RoiPooler:
+    """Pooling from the levels of a pyramid up to ``box.roi_max_level``, RoIAlign unless given."""
     box = config.box
     used = {name: spec for name, spec in specs.items() if int(name[1:]) <= box.roi_max_level}
-    pool = Align(box.resolution, box.sampling_ratio, box.aligned)
+    pool = pool or Align(box.resolution, box.sampling_ratio, box.aligned)
     return RoiPooler(used, pool, box.canonical_size)
 
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from detkit.config import BoxConfig
 from detkit.models import losses, targets
+from detkit.models.heads.detections import best_detections
 from detkit.models.heads.roi import RoiPooler, to_rois
 from detkit.models.norm import normalise_rows, rows_norm
 from detkit.models.targets import RoiSample
-from detkit.ops import batched_nms
+from detkit.models.weights import ClassRows
 from detkit.ops import boxes as box_ops
 from detkit.types import Detections, Target
 
@@ -33,8 +34,9 @@ class BoxPredictor(nn.Module):
     ) -> None:
         super().__init__()
         make_norm = rows_norm(norm)
-        # layers shaped by the classes: rows before the first class, rows per class
-        self.class_rows = {"classes": (1, 1)} | ({} if class_agnostic else {"boxes": (0, 4)})
+        self.class_rows = {"classes": ClassRows(1, 1)}
+        if not class_agnostic:
+            self.class_rows["boxes"] = ClassRows(0, 4)
         self.fc1 = nn.Linear(cin, channels)
         self.norm1 = make_norm(channels)
         self.fc2 = nn.Linear(channels, channels)
@@ -148,14 +150,7 @@ class BoxHead(nn.Module):
         column = torch.zeros_like(label) if deltas.shape[1] == 1 else label
         boxes = box_ops.decode(deltas[roi, column], rois[roi, 1:], config.weights)
         image = rois[roi, 0].to(torch.int64)
-        boxes = torch.minimum(boxes.clamp(min=0), sizes.to(boxes)[image][:, [1, 0, 1, 0]])
-        sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
-        kept = ((sides > 0) & (sides >= config.min_size)).nonzero().flatten()
-        group = image * scores.shape[1] + label
-        score = scores[roi, label]
-        kept = kept[batched_nms(boxes[kept], score[kept], group[kept], config.nms_iou)]
-        each = [kept[image[kept] == i][: config.max_detections] for i in range(len(proposals))]
-        return [Detections(boxes=boxes[i], labels=label[i] + 1, scores=score[i]) for i in each]
+        return best_detections(boxes, label + 1, scores[roi, label], image, sizes, config)
 
     def run_layers(self, features: Mapping[str, Tensor], count: int) -> None:
         """Run the predictor once for ``count`` RoIs wherever they are, to count its cost.

@@ -84,11 +84,18 @@ class RPN(nn.Module):
         self.levels = tuple(levels)
         self.config = config
 
-    def forward(self, features: Mapping[str, Tensor]) -> RpnOutput:
-        """Predictions on the maps {level: (N, C, H, W)}."""
+    def forward(
+        self, features: Mapping[str, Tensor], image: tuple[int, int] | None = None
+    ) -> RpnOutput:
+        """Predictions on the maps {level: (N, C, H, W)}.
+
+        Args:
+            features: Maps by level.
+            image: (height, width) of the padded images, which measured anchor strides need.
+        """
         maps = [features[name] for name in self.levels]
         logits, deltas = zip(*(self.head(x) for x in maps), strict=True)
-        anchors = self.grid([(x.shape[2], x.shape[3]) for x in maps], maps[0].device)
+        anchors = self.grid([(x.shape[2], x.shape[3]) for x in maps], maps[0].device, image)
         return RpnOutput(
             torch.cat(logits, 1),
             torch.cat(deltas, 1),

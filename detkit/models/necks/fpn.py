@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,32 +16,100 @@ from detkit.types import FeatureSpec
 class ConvNorm(nn.Module):
     """Convolution with "same" padding, then a norm, or a bias where ``norm`` is the identity."""
 
-    def __init__(self, cin: int, cout: int, kernel: int, norm: Norm) -> None:
+    def __init__(self, cin: int, cout: int, kernel: int, norm: Norm, stride: int = 1) -> None:
         super().__init__()
         self.norm = norm(cout)
-        self.conv = nn.Conv2d(
-            cin, cout, kernel, padding=kernel // 2, bias=isinstance(self.norm, nn.Identity)
-        )
+        bias = isinstance(self.norm, nn.Identity)
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=bias)
         nn.init.kaiming_uniform_(self.conv.weight, a=1)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, cin, H, W) to (N, cout, H, W)."""
+        """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
         out: Tensor = self.norm(self.conv(x))
         return out
 
 
-class FPN(nn.Module):
-    """Laterals 1x1, top-down sums, outputs 3x3: ``{"c2": ...}`` to ``{"p2": ...}``.
+class ExtraLevels(nn.Module):
+    """Base of what adds levels above those that have a lateral.
 
-    Where the backbone has no ``c6``, one level more is added: every second cell of the last one,
-    ``p6`` of ``p5`` (Lin et al., 2017).
+    Args:
+        feature_specs: Channels and stride of each level added, finest first.
+    """
+
+    def __init__(self, feature_specs: Mapping[str, FeatureSpec]) -> None:
+        super().__init__()
+        self.feature_specs = dict(feature_specs)
+
+    @abstractmethod
+    def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The levels added, from the maps of the backbone and the levels below, by name."""
+
+
+class PooledLevel(ExtraLevels):
+    """One level more: every second cell of the last one, ``p6`` of ``p5`` (Lin et al., 2017).
+
+    Args:
+        source: Name of the last level.
+        spec: Its channels and stride.
+    """
+
+    def __init__(self, source: str, spec: FeatureSpec) -> None:
+        level = f"p{int(source[1:]) + 1}"
+        super().__init__({level: FeatureSpec(spec.channels, 2 * spec.stride)})
+        self.source = source
+
+    def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``{"p6": (N, C, H / 2, W / 2)}`` from ``{"p5": (N, C, H, W), ...}``."""
+        return {name: F.max_pool2d(maps[self.source], 1, 2) for name in self.feature_specs}
+
+
+class ConvolvedLevels(ExtraLevels):
+    """Levels up to P7, each a 3x3 convolution of stride 2 of the one below (Lin et al., RetinaNet).
+
+    P6 takes its source as it is, P7 takes P6 after a ReLU.
+
+    Args:
+        source: Map that the first of them is convolved from: ``c5`` or ``p5``, or ``p6`` where the
+            backbone has a stage 6.
+        spec: Its channels and stride.
+        channels: Channels of each level.
+        norm: Name of the norm after each convolution, ``none`` for a bias.
+    """
+
+    def __init__(self, source: str, spec: FeatureSpec, channels: int, norm: str = "none") -> None:
+        names = [f"p{level}" for level in range(int(source[1:]) + 1, 8)]
+        super().__init__(
+            {n: FeatureSpec(channels, spec.stride << i) for i, n in enumerate(names, 1)}
+        )
+        make_norm = norm_named(norm)
+        self.source = source
+        self.convs = nn.ModuleDict(
+            {
+                name: ConvNorm(spec.channels if i == 0 else channels, channels, 3, make_norm, 2)
+                for i, name in enumerate(names)
+            }
+        )
+
+    def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The levels ``p6`` (where it is one of them) and ``p7``."""
+        levels: dict[str, Tensor] = {}
+        x = maps[self.source]
+        for name, conv in self.convs.items():
+            levels[name] = x = conv(x if name == "p6" else torch.relu(x))
+        return levels
+
+
+class FPN(nn.Module):
+    """Laterals 1x1, top-down sums, outputs 3x3: ``{"c2": ...}`` to ``{"p2": ...}``; extra levels.
 
     Args:
         specs: Maps of the backbone, finest first; a stride equals the one before or doubles it.
         channels: Channels of every level.
         norm: Name of the norm after each convolution, ``none`` for a bias.
+        extra: Levels on top; by default a :class:`PooledLevel`, and none where the backbone has
+            ``c6``.
 
     Attributes:
         feature_specs: Channels and stride of each level.
@@ -49,7 +119,11 @@ class FPN(nn.Module):
     """
 
     def __init__(
-        self, specs: Mapping[str, FeatureSpec], channels: int = 256, norm: str = "none"
+        self,
+        specs: Mapping[str, FeatureSpec],
+        channels: int = 256,
+        norm: str = "none",
+        extra: ExtraLevels | None = None,
     ) -> None:
         super().__init__()
         make_norm = norm_named(norm)
@@ -69,18 +143,17 @@ class FPN(nn.Module):
         self.feature_specs = {
             p: FeatureSpec(channels, specs[c].stride) for c, p in self.names.items()
         }
-        self.extra = ""
-        if "c6" not in specs:
-            self.extra = f"p{int(list(specs)[-1][1:]) + 1}"
-            self.feature_specs[self.extra] = FeatureSpec(channels, 2 * strides[-1])
+        if extra is None and "c6" not in specs:
+            extra = PooledLevel(*list(self.feature_specs.items())[-1])
+        self.extra = extra
+        if extra is not None:
+            self.feature_specs |= extra.feature_specs
 
     def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Levels (N, channels, H / stride, W / stride), finest first."""
         merged = self.merge(maps)
         levels = {p: self.output[p](merged[p]) for p in self.names.values()}
-        if self.extra:
-            levels[self.extra] = F.max_pool2d(levels[next(reversed(levels))], 1, 2)
-        return levels
+        return levels if self.extra is None else levels | self.extra({**maps, **levels})
 
     def merge(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums of laterals before the output convolutions, by level."""
