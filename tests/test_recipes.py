@@ -26,8 +26,10 @@ from detkit.config import Config, read_toml, recipes, resolve, to_plain
 from detkit.engine import checkpoint, distributed, schedule
 from detkit.engine.optimizer import base_lr, build_optimizer, set_factor
 from detkit.engine.step import train_step
-from detkit.models import build_backbone, build_detector, count_classifier, count_detector
+from detkit.models import Part, build_backbone, build_detector, count_classifier, count_detector
 from detkit.models.norm import SyncBatchNorm2d
+from detkit.models.zoo import BACKBONES
+from detkit.models.zoo import DETECTORS as DETECTOR_BUILDERS
 from detkit.types import Batch, CategoryMap, Target
 
 PUBLISHED = [name for name in recipes() if name.startswith(("detnet/", "light-head/"))]
@@ -717,3 +719,70 @@ def test_the_command_of_the_header_runs(
         assert got["data"]["mean"] == to_plain(Config())["data"]["mean"]
     assert got == asked
     assert plan["params"] > 1e6 or name.endswith("xception145")
+
+
+# --- docs/detectors.md ----------------------------------------------------------------------------
+
+DOC = Path(__file__).parents[1] / "docs" / "detectors.md"
+
+
+def documented(marker: str) -> list[dict[str, str]]:
+    """Rows of the table below a marker, by column; a later column of the same name ends in '."""
+    text = DOC.read_text(encoding="utf-8")
+    (table,) = re.findall(rf"<!-- {marker} -->\n((?:\|.*\n)+)", text)
+    head, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+    )
+    names = [name + "'" * head[:i].count(name) for i, name in enumerate(head)]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_documented_parts_are_what_the_code_gives() -> None:
+    rows = documented("parts")
+    counted: dict[tuple[str, str], dict[str, Part]] = {}
+    for row in rows:
+        config, key = settings(row["recipe"]), (row["recipe"], row["image"])
+        height, width = map(int, row["image"].split("x"))
+        if row["part"] == "classifier":
+            with torch.device("meta"):
+                net = build_backbone(config.model.backbone)
+            counted[key] = {"classifier": count_classifier(net, 1000, height)["total"]}
+        elif key not in counted:
+            counted[key] = count_detector(config, COCO, height, width)
+        found = counted[key][row["part"]]
+        digits = len(row["GMACs"].partition(".")[2])
+        assert row["parameters"] == row["by hand"] == f"{found.params:,}", row
+        assert row["GMACs"] == row["by hand'"] == f"{found.macs / 1e9:.{digits}f}", row
+    assert {row["recipe"].split("/")[0] for row in rows} == {"detnet", "light-head"}
+
+
+def check_documented(cells: list[tuple[str, str, str]]) -> None:
+    for name, net, cell in cells:
+        config = resolve([{"model": {"detector": name, "backbone": net}}])
+        found = count_detector(config, COCO, 800, 1344)["total"]
+        assert cell == f"{found.params / 1e6:.2f} / {found.macs / 1e9:.1f}", (name, net)
+
+
+def documented_cells() -> list[tuple[str, str, str]]:
+    rows = documented("whole")
+    return [
+        (name, row["backbone"], cell)
+        for row in rows
+        for name, cell in row.items()
+        if name != "backbone"
+    ]
+
+
+def test_every_detector_and_backbone_is_documented() -> None:
+    cells = documented_cells()
+    assert {name for name, _, _ in cells} == set(DETECTOR_BUILDERS)
+    assert {net for _, net, _ in cells} == set(BACKBONES), "run tools/detector_tables.py"
+    # one backbone per detector here, all of them in the slow test
+    check_documented(
+        [cells[i * (len(DETECTOR_BUILDERS) + 1)] for i in range(len(DETECTOR_BUILDERS))]
+    )
+
+
+@pytest.mark.slow
+def test_documented_costs_are_what_the_code_gives() -> None:
+    check_documented(documented_cells())
