@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from detkit.engine.analysis import analyse
 from detkit.engine.inference import inference
+from detkit.engine.memory import explained
 from detkit.engine.results import normalise_results
 from detkit.engine.summary import numbers, per_class
 from detkit.engine.truth import normalise_truth
@@ -271,13 +272,18 @@ def detect_dataset(
     results: list[Record] = []
     with inference(model):
         for batch in batches:
-            found = model.detect(  # type: ignore[operator]
-                batch.images.to(device), batch.sizes, batch.original_sizes
-            )
-            results.extend(_batch_results(batch, found, categories))
+            with explained(_evaluating(batch), [batch], training=False):
+                found = model.detect(  # type: ignore[operator]
+                    batch.images.to(device), batch.sizes, batch.original_sizes
+                )
+                results.extend(_batch_results(batch, found, categories))
             if on_batch is not None:
                 on_batch(batch)
     return results
+
+
+def _evaluating(batch: Batch) -> str:
+    return f"evaluation of {', '.join(batch.files)}" if batch.files else "evaluation"
 
 
 def _batch_results(
