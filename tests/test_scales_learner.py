@@ -12,10 +12,10 @@ from scale_nets import Block, ThirdPartyNet, in_body
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detkit.config import OptimConfig
+from detkit.config import OptimConfig, resolve
 from detkit.engine.optimizer import build_optimizer
 from detkit.errors import ConfigError
-from detkit.models import build_backbone
+from detkit.models import DETECTORS, build_backbone, build_detector
 from detkit.models.count import count_classifier, macs_by_module
 from detkit.models.heads.roi import Align, RoiPooler
 from detkit.ops import scaled_conv2d
@@ -30,7 +30,7 @@ from detkit.scales import (
     learners,
 )
 from detkit.scales.learner import MAPS, ScaleWarning
-from detkit.types import FeatureSpec
+from detkit.types import Batch, FeatureSpec, Target
 
 
 def conv(stride: int = 1, groups: int = 1, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
@@ -298,15 +298,47 @@ def test_a_backbone_computes_the_same_with_fresh_learners() -> None:
         assert torch.allclose(found, before[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_head_that_ends_the_backbone_names_its_stage() -> None:
-    head = nn.ModuleDict({"conv5": nn.Sequential(Block(4, 8, 2), Block(8, 8))})
-    head.stage_children = {"conv5": 5}
-    model = nn.ModuleDict({"backbone": build_backbone("resnet50-tiny"), "head": head})
-    layers = insert(model)
-    assert [(e.path, e.label, e.part) for e in layers[-2:]] == [
-        ("head.conv5.0.conv", "R51", "head"),
-        ("head.conv5.1.conv", "R52", "head"),
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_detector_takes_learners(name: str) -> None:
+    """All stages from conv3 on, wherever they are: Faster R-CNN on C4 has conv5 in its head."""
+    config = resolve([{"model": {"detector": name, "backbone": "detnet59"}}])
+    with torch.device("meta"):
+        layers = insert(build_detector(config, 3))
+    assert [f"{layer.label}" for layer in layers] == [
+        f"R{stage}{block}"
+        for stage, count in zip("3456", (4, 6, 3, 3), strict=True)
+        for block in range(1, count + 1)
     ]
+    heads = {layer.label[:2] for layer in layers if layer.part == "head"}
+    assert heads == ({"R5", "R6"} if name == "frcnn-c4" else set())
+
+
+def test_a_scale_per_image_in_the_head_on_c4() -> None:
+    """Losses and detections run, RoIs of one image share a scale, those of two do not."""
+    changes = {
+        "model": {"detector": "frcnn-c4", "backbone": "resnet50-tiny", "norm": "gn"},
+        "rpn": {"post_nms_train": 20, "post_nms_test": 8},
+    }
+    model = build_detector(resolve([changes]), 3)
+    layers = insert(model, scale_group="image")
+    assert {e.part: e.scale_group for e in layers} == {"backbone": "sample", "head": "image"}
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):  # blocks start as their shortcut, without gradients
+            nn.init.ones_(module.weight)
+        if isinstance(module, GlobalScaleConv2d):
+            trained(module, 0.2)
+    truth = Target(torch.tensor([[8.0, 8, 60, 60]]), torch.tensor([1]), torch.tensor([False]))
+    images = torch.randn(2, 3, 96, 128)
+    sizes = torch.tensor([[96, 128], [96, 128]])
+    sum(model(Batch(images, sizes, [truth, truth])).values()).backward()
+    head = [m for p, m in learners(model).items() if p.startswith("head.")]
+    assert all(m.scale.weight.grad.abs().sum() > 0 for m in head)
+    model.eval().detect(images, sizes)
+    for learner in head:
+        assert len(learner.last_scales) == 16
+        assert len(learner.last_scales.unique(dim=0)) == 2
+    meta, image = model.to("meta"), torch.empty(1, 3, 96, 128, device="meta")
+    assert set(head) < macs_by_module(meta, lambda: meta.run_layers(image, 10)).keys()
 
 
 def test_frozen_stages_stay_frozen() -> None:

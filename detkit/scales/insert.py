@@ -12,7 +12,8 @@ from torch import nn
 
 from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
-from detkit.scales.learner import GlobalScaleConv2d, check_convolution
+from detkit.models.heads.roi import RoiPooler
+from detkit.scales.learner import GlobalScaleConv2d, check_convolution, follow_pooler
 
 Select = Callable[[str, nn.Conv2d], bool]
 """Whether the 3x3 convolution at a path of the model learns its scale."""
@@ -73,11 +74,12 @@ def insert(
     Args:
         model: Any module.
         select: ``select(path, conv)`` of each 3x3 convolution, or paths, or None for conv3 to conv5
-            of detkit's backbones, stride-2 ones included, and of heads that name such stages.
+            of detkit's detectors and backbones, stride-2 ones included.
         map: See :class:`GlobalScaleConv2d`; so are the other options.
         init: Start of the predictors.
-        scale_group: Whom a scale is for. Applies to all layers replaced by this call; call again
-            for a head that wants another one.
+        scale_group: Whom a scale is for, in layers outside a backbone, where a row is an image
+            anyway. With ``image``, detkit's RoI poolers in ``model`` name the images; elsewhere see
+            :func:`images_of_rows`.
         max_scale: Largest scale in pixels.
 
     Returns:
@@ -95,12 +97,23 @@ def insert(
         check_convolution(convs[path], path or "model")
     if "" in chosen:
         raise ConfigError("insert: model must hold convolutions, got a convolution itself")
-    options: dict[str, Any] = {"map": map, "init": init, "scale_group": scale_group}
-    made = {p: GlobalScaleConv2d(convs[p], **options, max_scale=max_scale) for p in chosen}
+    made = {
+        path: GlobalScaleConv2d(
+            convs[path],
+            map=map,
+            init=init,
+            scale_group="sample" if _part(model, path) == "backbone" else scale_group,
+            max_scale=max_scale,
+        )
+        for path in chosen
+    }
     for path, learner in made.items():
         replace(model, convs[path], learner)
-        labels.setdefault(path, path)
-    return [_layer(model, path, labels[path], learner) for path, learner in made.items()]
+    if any(learner.scale_group == "image" for learner in made.values()):
+        for module in model.modules():
+            if isinstance(module, RoiPooler):
+                follow_pooler(model, module)
+    return [_layer(model, p, labels.get(p, p), learner) for p, learner in made.items()]
 
 
 def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
@@ -138,9 +151,8 @@ def _chosen(
 def stage_labels(model: nn.Module) -> dict[str, str]:
     """Path to label of the 3x3 convolutions of stage 3 and later, plain or replaced already.
 
-    Stages are those of each :class:`Backbone`, where DetNet's stage 6 counts as conv5 and is called
-    R61, ...; a module outside, such as a head that ends the backbone, names its stages by an
-    attribute ``stage_children``, ``{child: number}``.
+    Stages are those of the :class:`Backbone`, where DetNet's stage 6 counts as conv5 and is called
+    R61, ..., and those that a head took over from its end and lists as ``backbone_layers``.
     """
     paths = {module: path for path, module in model.named_modules()}
     labels: dict[str, str] = {}
@@ -160,12 +172,14 @@ def _is_3x3(module: nn.Module) -> bool:
 
 def _stages(model: nn.Module) -> Iterator[tuple[int, list[nn.Module]]]:
     """Number and blocks of each stage from conv3 on."""
+    last = None
     for module in model.modules():
         if isinstance(module, Backbone):
-            for number in range(FIRST_STAGE, module.num_stages + 1):
+            last = module.num_stages
+            for number in range(FIRST_STAGE, last + 1):
                 yield number, _blocks(module.stage(number))
-        for child, number in getattr(module, "stage_children", {}).items():
-            if number >= FIRST_STAGE:
+        elif last is not None:
+            for number, child in enumerate(getattr(module, "backbone_layers", ()), last + 1):
                 yield number, _blocks([module.get_submodule(child)])
 
 

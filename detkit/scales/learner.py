@@ -137,7 +137,7 @@ class GlobalScaleConv2d(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         pooled = x.mean((2, 3), dtype=dtype)  # (N, C)
         rows = None
-        if self.scale_group == "image":
+        if self.scale_group == "image" and not x.is_meta:  # counting costs, no RoI has values
             pooled, rows = self._image_means(pooled)
         # Multiplied and summed: autocast, or TF32, would round the operands of a matrix product.
         r = (pooled[:, None] * self.scale.weight.to(dtype)).sum(2) + self.scale.bias.to(dtype)
