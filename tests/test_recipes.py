@@ -28,7 +28,7 @@ from detkit.engine.optimizer import base_lr, build_optimizer, set_factor
 from detkit.engine.step import train_step
 from detkit.models import Part, build_backbone, build_detector, count_classifier, count_detector
 from detkit.models.norm import SyncBatchNorm2d
-from detkit.models.zoo import BACKBONES
+from detkit.models.zoo import BACKBONES, WEIGHTS_OF
 from detkit.models.zoo import DETECTORS as DETECTOR_BUILDERS
 from detkit.types import Batch, CategoryMap, Target
 
@@ -701,6 +701,14 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         checkpoint.save(target, content)
     return folder
+
+
+@pytest.mark.parametrize(("name", "source"), WEIGHTS_OF.items())
+def test_dilated_backbones_fit_the_weights_they_start_from(name: str, source: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = (build_backbone(n).state_dict() for n in (name, source))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert CLASSIFIER[name].macs != CLASSIFIER[source].macs
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -54,7 +54,7 @@ def evaluate(
         analysis: add AP and AR by IoU and area (DetNet, tables 3 and 4).
         metric: "coco", or "voc07" / "voc12" for VOC's mean average precision at IoU 0.5.
         iou_types: "bbox" and/or "segm"; by default boxes, and masks where truth and results have
-            them.
+            them (no results at all count as both).
         on_matches: called with each IoU type and pycocotools' matches of each class, area and
             image (in this order, the image changing fastest; images in order of their ids), for
             what needs more than the numbers; they are made for "coco" only.
@@ -91,8 +91,8 @@ def evaluate(
 
 
 def _iou_types(truth: Record, detections: list[Record]) -> tuple[str, ...]:
-    both = (truth["annotations"], detections)
-    masks = all(any(row.get("segmentation") for row in rows) for rows in both)
+    found = not detections or any(row.get("segmentation") for row in detections)
+    masks = found and any(row.get("segmentation") for row in truth["annotations"])
     return ("bbox", "segm") if masks else ("bbox",)
 
 
