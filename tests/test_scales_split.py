@@ -26,7 +26,9 @@ from detkit.scales import (
     Plan,
     SplitConv2d,
     apply,
+    freeze,
     insert,
+    learners,
     plan,
     rebuild,
     to_plain,
@@ -216,6 +218,22 @@ def test_frozen_and_trainable_stay_so() -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
     made = split(conv, [Part((1, 1), 2), Part((2, 2), 4)])
     assert not any(p.requires_grad for p in made.parameters())
+
+
+def test_freezing_a_model() -> None:
+    """Each learner at its mean; the frozen net and its plain form compute the same."""
+    model, _ = learnt_net()
+    x = torch.randn(1, 3, 30, 31)
+    means = {path: (1.3, 0.4 + i) for i, path in enumerate(learners(model))}
+    expected = copy.deepcopy(model)
+    for path, learner in learners(expected).items():
+        learner.scales = lambda _, d=means[path]: torch.tensor([d])
+    before = expected(x)
+    with pytest.raises(CheckpointError, match=r"difference at body\.0\.conv"):
+        freeze(model, {p: d for p, d in means.items() if p != "body.0.conv"})
+    freeze(model, means)
+    assert torch.allclose(model(x), before, atol=1e-5)
+    assert torch.allclose(to_plain(model)(x), before, atol=1e-5)
 
 
 # --- plain PyTorch ------------------------------------------------------------------------------

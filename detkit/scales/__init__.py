@@ -16,7 +16,7 @@ from detkit.scales.learner import (
     latest_scales,
     learners,
 )
-from detkit.scales.split import SplitConv2d, apply, rebuild, to_plain
+from detkit.scales.split import SplitConv2d, apply, freeze, rebuild, to_plain
 
 __all__ = [
     "FixedScaleConv2d",
@@ -29,6 +29,7 @@ __all__ = [
     "SplitConv2d",
     "apply",
     "follow_pooler",
+    "freeze",
     "images_of_rows",
     "insert",
     "latest_scales",

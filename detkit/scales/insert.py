@@ -55,6 +55,14 @@ class ScaleLayer:
         """Plain types for a checkpoint."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> ScaleLayer:
+        """The layer that :meth:`to_plain` wrote."""
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()
+        }
+        return cls(**values)
+
 
 def insert(
     model: nn.Module,

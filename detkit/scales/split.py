@@ -23,6 +23,7 @@ from detkit.scales.learner import (
     GlobalScaleConv2d,
     check_convolution,
     copied,
+    learners,
     plain_convolution,
 )
 
@@ -152,7 +153,7 @@ def rebuild(
         path = layer["path"]
         if path in made:
             raise CheckpointError(f"{path}: must be one layer, got two")
-        conv = _replaceable(modules.get(path), path)
+        conv = _replaceable(modules.get(path) if path else None, path or "model")
         made[path] = split(conv, _parts(conv, layer), zero_dilation)
         if weights == "none":
             _start_afresh(made[path])
@@ -253,6 +254,34 @@ def _start_afresh(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() == 1:
             nn.init.zeros_(parameter)
+
+
+def freeze(model: nn.Module, means: Mapping[str, Sequence[float]]) -> nn.Module:
+    """Replace every scale learner of ``model``, in place, by the convolution at its mean scale.
+
+    The net that :func:`apply` approximates, to compare with: see :meth:`GlobalScaleConv2d.freeze`.
+
+    Args:
+        model: Holds learners.
+        means: Mean (d_h, d_w) in pixels of each by path.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        CheckpointError: A mean is missing or left over; nothing is replaced then.
+    """
+    found = learners(model)
+    if not found or found.keys() != means.keys():
+        odd = ", ".join(sorted(found.keys() ^ means.keys())) or "none"
+        raise CheckpointError(
+            f"scales: must hold one mean for each of {len(found)} learners, got a difference at "
+            f"{odd}"
+        )
+    made = {path: learner.freeze(means[path]) for path, learner in found.items()}
+    for path, module in made.items():
+        replace(model, found[path], module)
+    return model
 
 
 def to_plain(model: nn.Module) -> nn.Module:
