@@ -36,7 +36,7 @@ _PS_BOX = {"class_agnostic": True, "ohem": 256, "regression_weight": 2.0, "score
 DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "frcnn-c4": {
         "rpn": {"channels": 512, "pre_nms_train": 12000, "pre_nms_test": 6000},
-        "box": {"resolution": 14},
+        "box": {"resolution": 14, "channels": 0},
     },
     "retinanet": {
         "anchors": {"octave_scales": 3},

@@ -97,7 +97,10 @@ def test_detectors_detect_the_same(detector: str) -> None:
                     "head_norm": "bn",
                     "neck_channels": 32,
                 },
-                "box": {"channels": 0 if detector == "rfcn" else 64, "max_detections": 20},
+                "box": {
+                    "channels": 0 if detector in ("rfcn", "frcnn-c4") else 64,
+                    "max_detections": 20,
+                },
                 "rpn": {"post_nms_test": 100},
             }
         ]

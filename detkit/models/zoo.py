@@ -12,6 +12,7 @@ from detkit.models.backbones.resnet import resnet, resnet_tiny
 from detkit.models.backbones.shuffle import shuffle_net
 from detkit.models.backbones.shuffle_supernet import ShuffleSupernet
 from detkit.models.backbones.xception import xception145
+from detkit.models.builders.c4 import frcnn_c4
 from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
 from detkit.models.builders.retinanet import retinanet
 from detkit.models.builders.rfcn import light_head, light_head_fpn, rfcn
@@ -106,6 +107,7 @@ def build_detector(config: Config, num_classes: int) -> Detector:
 
 
 DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
+    "frcnn-c4": frcnn_c4,
     "frcnn-fpn": frcnn_fpn,
     "maskrcnn-fpn": maskrcnn_fpn,
     "retinanet": retinanet,

@@ -7,6 +7,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from detkit.errors import ConfigError
 from detkit.types import FeatureSpec
 
 
@@ -56,6 +57,34 @@ class Backbone(nn.Module):
             for module in self.stage(number):
                 module.requires_grad_(False)
         return self.train(self.training)
+
+    def take_stages_after(self, name: str) -> dict[str, nn.Module]:
+        """Hand over the stages after the one that gives map ``name``, with which forward now ends.
+
+        Returns:
+            The stages' modules in order, by the names they had here.
+
+        Raises:
+            ConfigError: One of them is frozen, or there is no such map or no stage after it.
+        """
+        levels = list(self.feature_specs)
+        if name not in levels[:-1]:
+            raise ConfigError(
+                f"model.backbone: must have stages after {name}, got one with {', '.join(levels)}"
+            )
+        kept = levels.index(name) + 2
+        if self.frozen_stages > kept:
+            raise ConfigError(
+                f"model.frozen_stages: must be in 0..{kept} where the stages after {name} are the "
+                f"head's, got {self.frozen_stages}"
+            )
+        after = [m for n in range(kept + 1, self.num_stages + 1) for m in self.stage(n)]
+        taken = {child: module for child, module in self.named_children() if module in after}
+        for child in taken:
+            delattr(self, child)
+        for level in levels[kept - 1 :]:
+            del self.feature_specs[level]
+        return taken
 
     def train(self, mode: bool = True) -> Self:
         """Switch mode; frozen stages stay in evaluation mode, or their norms would drift."""

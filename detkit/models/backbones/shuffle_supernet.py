@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from detkit.errors import ConfigError
 from detkit.models.backbones.shuffle import ShuffleBackbone, ShuffleBlock
 from detkit.models.norm import Norm, norm_named
 from detkit.models.search_space import OPS, Genes, Position, SearchSpace
@@ -46,6 +47,13 @@ class ShuffleSupernet(ShuffleBackbone):
         make = norm_named(norm)
         choices = [ChoiceBlock(position, space, make) for position in space.positions()]
         super().__init__(space, choices, norm)
+
+    def take_stages_after(self, name: str) -> dict[str, nn.Module]:
+        """Refused with ConfigError: a path goes through all stages."""
+        raise ConfigError(
+            f"model.backbone: must be one network where the stages after {name} are the head's, "
+            "got a supernet"
+        )
 
     @property
     def path(self) -> Genes | None:
