@@ -8,7 +8,7 @@ initialised. Any other missing or left-over weight is refused, never skipped in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class InitReport:
         kept: categories whose rows of the class-shaped layers were copied.
         fresh: categories that start from random rows.
         missing: weights of the model the checkpoint lacks (only with ``allow_partial``).
-        unused: weights of the checkpoint the model lacks (only with ``allow_partial``).
+        unused: weights of the checkpoint the model lacks: a classifier's last layer, others only
+            with ``allow_partial``.
     """
 
     loaded: int
@@ -67,12 +68,15 @@ def init_backbone(
 ) -> InitReport:
     """Fill ``model.backbone`` from a classifier's state dict; its other layers stay as they are.
 
+    The classifier's last layer is not used, whatever its classes.
+
     Raises:
         CheckpointError: weights are missing, left over or differently shaped.
     """
     wanted = _weights(model.state_dict(), "backbone.")
     given = _weights(state, "backbone.")
-    return _copy(wanted, given, source, (), (), allow_partial)
+    report = _copy(wanted, given, source, (), (), allow_partial)
+    return replace(report, unused=(*report.unused, *(k for k in _weights(state) if k not in given)))
 
 
 def init_detector(
@@ -104,6 +108,7 @@ def init_detector(
         for part in ("weight", "bias"):
             key = f"{path}.{part}"
             if key in wanted and key in given:
+                _check_rows(key, wanted[key], given[key], rows, theirs, source)
                 _copy_rows(wanted.pop(key), given.pop(key), rows, theirs, ours, kept)
     return _copy(wanted, given, source, kept, fresh, allow_partial)
 
@@ -115,6 +120,17 @@ def _class_layers(model: nn.Module) -> dict[str, ClassRows]:
         for path, module in model.named_modules()
         for child, rows in getattr(module, "class_rows", {}).items()
     }
+
+
+def _check_rows(
+    key: str, target: Tensor, source: Tensor, rows: ClassRows, theirs: CategoryMap, file: str
+) -> None:
+    shape = (rows.groups * (rows.before + rows.each * len(theirs)), *target.shape[1:])
+    if source.shape != shape:
+        raise CheckpointError(
+            f"{file}: {key} must have shape {shape} for its {len(theirs)} categories, "
+            f"got {tuple(source.shape)}"
+        )
 
 
 def _copy_rows(
