@@ -2,9 +2,9 @@
 
 The protocol of Light-Head R-CNN's Table 8 as far as it is published: one image at a time of fixed
 size, batch norms absorbed. Three times per image, the device synchronised around each: the network
-with the proposals' NMS, the same with the per-class NMS (whole `detect`), and end to end from a JPEG in
-memory. Weights are random and every detector proposes as many boxes as its recipe allows, so the
-heads see a full load. Detectors run in turn.
+with the proposals' NMS, the same with the per-class NMS (whole `detect`), and end to end from a
+JPEG in memory. Weights are random and every detector proposes as many boxes as its recipe allows,
+so the heads see a full load. Detectors run in turn.
 
     python benchmarks/speed.py [--device cuda] [--images 500] [--warmup 50] [--amp] [--json FILE] \
         [--case light-head/xception145-800@800x1200 ...]

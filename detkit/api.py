@@ -44,17 +44,18 @@ from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
 from detkit.models import build_classifier, build_detector
 from detkit.models.count import count_classifier, count_detector
 from detkit.models.weights import init_backbone, init_detector
-from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, build_backbone
+from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
 from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
 DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
 VOC_METRICS = ("voc07", "voc12")
+MASK_METRICS = tuple(f"segm_{name}" for name in NUMBERS)
 COCO_CLASSES = 80
 _SHAPE_TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask")
 _KINDS = {"pretrain": "backbone", "finetune": "detector"}
-_METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS)}
+_METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS, *MASK_METRICS)}
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,11 @@ def check_metric(command: str, config: Config) -> None:
             f"eval.metric: must be one of {', '.join(known)} for {command}, got {metric!r}"
             f"{configs.suggest(metric, known)}"
         )
+    if metric in MASK_METRICS and config.model.detector not in WITH_MASKS:
+        raise ConfigError(
+            f"eval.metric: must be one of boxes for {config.model.detector}, which gives no masks,"
+            f" got {metric!r}"
+        )
 
 
 def with_length(config: Config) -> Config:
@@ -302,6 +308,7 @@ def train(
         train_set = _open(command, config, config.data.split)
         val_set = _open(command, config, config.data.val_split)
         _same_categories(train_set.categories, val_set.categories)
+        _require_masks(val_set, config)
         torch.manual_seed(config.train.seed)
         model = build(config, train_set.categories, _KINDS[command])
         if config.model.norm == "frozen_bn" and not (init_from or resume):
@@ -334,8 +341,20 @@ def train(
 
 
 def _open(command: str, config: Config, split: str) -> Any:
-    opener = open_classification if command == "pretrain" else open_detection
-    return opener(config.data.path, split, config.data)
+    data = config.data
+    if command == "pretrain":
+        return open_classification(data.path, split, data)
+    masks = config.model.detector in WITH_MASKS and split == data.split  # scoring needs no targets
+    return open_detection(data.path, split, data, masks=masks)
+
+
+def _require_masks(dataset: Any, config: Config) -> None:
+    """Refuse to choose the best checkpoint by masks that the validation split lacks."""
+    if config.eval.metric in MASK_METRICS and not dataset.has_masks:
+        raise DataError(
+            f"{dataset.source}: objects must have masks for eval.metric = "
+            f"{config.eval.metric!r}, got none in split {config.data.val_split!r}"
+        )
 
 
 def _tell_problems(dataset: Any, split: str) -> None:
@@ -437,7 +456,10 @@ def _validate(
     metric = config.eval.metric
     if metric in VOC_METRICS:
         return {metric: score(dataset.truth(), results, metric=metric)[metric]["mAP"]}
-    return dict(score(dataset.truth(), results)["bbox"])
+    masks = config.model.detector in WITH_MASKS and dataset.has_masks
+    kinds = ("bbox", "segm") if masks else ("bbox",)
+    scores = score(dataset.truth(), results, iou_types=kinds)
+    return dict(scores["bbox"]) | {f"segm_{k}": v for k, v in scores.get("segm", {}).items()}
 
 
 # -- evaluation

@@ -36,7 +36,7 @@ _PS_BOX = {"class_agnostic": True, "ohem": 256, "regression_weight": 2.0, "score
 DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "frcnn-c4": {
         "rpn": {"channels": 512, "pre_nms_train": 12000, "pre_nms_test": 6000},
-        "box": {"resolution": 14},
+        "box": {"resolution": 14, "channels": 0},
     },
     "retinanet": {
         "anchors": {"octave_scales": 3},
@@ -526,7 +526,7 @@ class EvalConfig:
     every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     metric: str = "AP"
-    """What `best.pth` is best at: AP, AP50, voc07, voc12 (detectors) or top1 (classifiers)."""
+    """What `best.pth` is best at: AP, AP50, voc07, voc12, segm_AP for detectors; else top1."""
     patience: int = 0
     """Stop after this many evaluations without a better metric; 0 never stops early."""
 

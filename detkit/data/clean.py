@@ -50,6 +50,17 @@ def require_usable(report: Report, source: str, on_bad_image: str) -> None:
         )
 
 
+def require_masks(report: Report, source: str) -> None:
+    """Raise DataError where objects were left out for want of a mask and none has one."""
+    missing = [p for p in report.problems if p.rule == "segmentation-missing"]
+    if missing and report.annotations == 0:
+        count = report.counts["segmentation-missing"]
+        raise DataError(
+            f"{source}: objects must have masks for a detector that learns them, "
+            f"got {count} without and none with one, the first {missing[0]}"
+        )
+
+
 def _entries(raw: RawSet, report: Report) -> dict[int | str, RawImage]:
     """The sound image entries by id."""
     found: dict[int | str, RawImage] = {}

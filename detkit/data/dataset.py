@@ -57,6 +57,11 @@ class DetectionDataset:
         """File names of the usable images, relative to their folder, in order."""
         return list(self.records.files)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether any object has a segmentation."""
+        return any(segmentation is not None for segmentation in self.records.segmentations)
+
     def path(self, index: int) -> Path | None:
         """File of image ``index``; None where it lives in memory."""
         if self.pixels is not None:

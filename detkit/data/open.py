@@ -8,7 +8,7 @@ import numpy as np
 
 from detkit.config import DataConfig
 from detkit.data import coco, folder, synthetic, voc, yolo
-from detkit.data.clean import clean, require_usable
+from detkit.data.clean import clean, require_masks, require_usable
 from detkit.data.dataset import ClassificationDataset, DetectionDataset
 from detkit.data.problems import Report
 from detkit.data.raw import CleanOptions, RawSet
@@ -70,12 +70,12 @@ def open_detection(
         path: Folder, annotation file, or ``synthetic``.
         split: ``train``, ``val`` or another the set has.
         config: Image folder, pixel limit, what to do with unusable files; not its path and split.
-        masks: Give targets masks; objects without one are left out.
+        masks: Give targets masks; objects without one are left out, and counted in the report.
         need_images: False reads the annotations only, for scoring a results file.
 
     Raises:
         DataError: nothing readable at ``path``, no such split, no usable image, or an unusable one
-            where ``config.on_bad_image`` is ``fail``.
+            where ``config.on_bad_image`` is ``fail``; with ``masks``, no object has one.
     """
     kind = layout(path)
     if kind == SYNTHETIC:
@@ -88,6 +88,8 @@ def open_detection(
     options = CleanOptions(read_images=need_images, max_pixels=config.max_pixels, masks=masks)
     records, report = clean(raw, options)
     require_usable(report, raw.source, config.on_bad_image)
+    if masks:
+        require_masks(report, raw.source)
     return DetectionDataset(
         records,
         raw.categories,

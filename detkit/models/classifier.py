@@ -1,4 +1,4 @@
-"""Image classifier over a backbone: global average pooling and one linear layer."""
+"""Image classifier over a backbone: its own last layers, global average, one linear layer."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: Backbone, num_classes: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        specs = backbone.feature_specs
         self.backbone = backbone
-        self.last = list(specs)[-1]
-        self.fc = nn.Linear(specs[self.last].channels, num_classes)
+        self.last = list(backbone.feature_specs)[-1]
+        self.tail, self.fc = backbone.classifier_layers(num_classes)
         self.label_smoothing = label_smoothing
 
     def classify(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, 3, S, S)."""
-        logits: Tensor = self.fc(self.backbone(images)[self.last].mean((2, 3)))
+        last = self.tail(self.backbone(images)[self.last])
+        logits: Tensor = self.fc(last.mean((2, 3)))
         return logits
 
     def forward(self, batch: ClassificationBatch) -> dict[str, Tensor]:

@@ -66,14 +66,19 @@ class InitReport:
 def init_backbone(
     model: nn.Module, state: Mapping[str, Tensor], source: str, *, allow_partial: bool = False
 ) -> InitReport:
-    """Fill ``model.backbone`` from a classifier's state dict; its other layers stay as they are.
+    """Fill ``model.backbone``, and the layers that a head took over from it (its
+    ``backbone_layers``), from a classifier's state dict; the other layers stay as they are.
 
     The classifier's last layer is not used, whatever its classes.
 
     Raises:
         CheckpointError: weights are missing, left over or differently shaped.
     """
-    wanted = _weights(model.state_dict(), "backbone.")
+    own = model.state_dict()
+    wanted = _weights(own, "backbone.")
+    for path, child in _backbone_layers(model):
+        moved = _weights(own, f"{path}.{child}.")
+        wanted |= {f"backbone.{k.removeprefix(path + '.')}": v for k, v in moved.items()}
     given = _weights(state, "backbone.")
     report = _copy(wanted, given, source, (), (), allow_partial)
     return replace(report, unused=(*report.unused, *(k for k in _weights(state) if k not in given)))
@@ -111,6 +116,15 @@ def init_detector(
                 _check_rows(key, wanted[key], given[key], rows, theirs, source)
                 _copy_rows(wanted.pop(key), given.pop(key), rows, theirs, ours, kept)
     return _copy(wanted, given, source, kept, fresh, allow_partial)
+
+
+def _backbone_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """Path of each module that took over layers of the backbone, and the name of each layer."""
+    return [
+        (path, child)
+        for path, module in model.named_modules()
+        for child in getattr(module, "backbone_layers", ())
+    ]
 
 
 def _class_layers(model: nn.Module) -> dict[str, ClassRows]:

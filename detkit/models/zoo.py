@@ -11,14 +11,33 @@ from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
 from detkit.models.backbones.resnet import resnet, resnet_tiny
+from detkit.models.backbones.shuffle import shuffle_net
+from detkit.models.backbones.shuffle_supernet import ShuffleSupernet
 from detkit.models.backbones.xception import xception145
+from detkit.models.builders.c4 import frcnn_c4
 from detkit.models.builders.fpn import frcnn_fpn, maskrcnn_fpn
 from detkit.models.builders.retinanet import retinanet
 from detkit.models.builders.rfcn import light_head, light_head_fpn, rfcn
 from detkit.models.classifier import Classifier
 from detkit.models.detector import Detector
+from detkit.models.search_space import (
+    ARCHITECTURES,
+    PREFIX,
+    SPACES,
+    SUPERNETS,
+    parse_architecture,
+    parse_supernet,
+)
 
 _R50, _R101 = (3, 4, 6, 3), (3, 4, 23, 3)
+
+
+def _published(name: str) -> Callable[[str], Backbone]:
+    """Maker of a network of DetNAS."""
+    found = ARCHITECTURES[name]
+    space = SPACES[found.space]
+    return lambda norm: shuffle_net(space, space.parse(found.genes), norm)
+
 
 BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "resnet50": lambda norm: resnet(_R50, norm),
@@ -33,6 +52,7 @@ BACKBONES: dict[str, Callable[[str], Backbone]] = {
     "xception145": xception145,
     "resnet50-tiny": resnet_tiny,
     "detnet59-tiny": detnet_tiny,
+    **{name: _published(name) for name in ARCHITECTURES},
 }
 """Backbone by name, from the name of its norms."""
 
@@ -43,15 +63,18 @@ WEIGHTS_OF = {"resnet50-dilated": "resnet50-msra", "resnet101-dilated": "resnet1
 def build_backbone(
     name: str, norm: str = "frozen_bn", frozen_stages: int = 0, norm_eps: float = 1e-5
 ) -> Backbone:
-    """A backbone with random weights; raises ConfigError for an unknown name.
+    """A backbone with random weights: one of BACKBONES, a supernet, or any network of DetNAS.
 
     Args:
-        name: One of ``BACKBONES``.
+        name: Its name.
         norm: Name of its norms.
         frozen_stages: Stages that stay fixed.
         norm_eps: Added to the variances of its batch norms.
+
+    Raises:
+        ConfigError: An unknown name.
     """
-    backbone = BACKBONES[_known("model.backbone", name, BACKBONES)](norm)
+    backbone = _maker(name)(norm)
     last = backbone.num_stages
     if frozen_stages > last:
         raise ConfigError(
@@ -61,6 +84,16 @@ def build_backbone(
         if isinstance(module, nn.BatchNorm2d):
             module.eps = norm_eps
     return backbone.freeze(frozen_stages)
+
+
+def _maker(name: str) -> Callable[[str], Backbone]:
+    if name.startswith(PREFIX):
+        space, genes = parse_architecture(name)
+        return lambda norm: shuffle_net(space, genes, norm)
+    supernet = parse_supernet(name)
+    if supernet is not None:
+        return lambda norm: ShuffleSupernet(supernet, norm)
+    return BACKBONES[_known("model.backbone", name, BACKBONES | dict.fromkeys(SUPERNETS))]
 
 
 def build_classifier(config: Config, num_classes: int) -> Classifier:
@@ -87,6 +120,7 @@ def build_detector(config: Config, num_classes: int) -> Detector:
 
 
 DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {
+    "frcnn-c4": frcnn_c4,
     "frcnn-fpn": frcnn_fpn,
     "maskrcnn-fpn": maskrcnn_fpn,
     "retinanet": retinanet,

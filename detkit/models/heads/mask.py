@@ -50,6 +50,7 @@ class MaskPredictor(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        nn.init.normal_(self.masks.weight, std=0.01)  # every pixel starts undecided
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Logits (R, K, 2h, 2w) of pooled features (R, cin, h, w)."""
@@ -134,6 +135,8 @@ class MaskHead(nn.Module):
 
 def _masks_of(target: Target) -> Tensor:
     masks = target.masks
+    if masks is None and len(target.boxes) == 0:
+        return torch.zeros(0, 1, 1, dtype=torch.bool, device=target.boxes.device)
     if masks is None or len(masks) != len(target.boxes):
         raise DataError(
             f"masks: each of {len(target.boxes)} truth boxes must have one for a detector with a "
@@ -190,14 +193,10 @@ def paste_masks(
         rows, columns = _centres_within(y1, y2, height), _centres_within(x1, x2, width)
         if not (rows and columns):
             continue
-        y, x = (
-            ((torch.arange(r.start, r.stop, device=cells.device) + 0.5 - low) / (high - low)) * 2
-            - 1
-            for r, low, high in ((rows, y1, y2), (columns, x1, x2))
-        )
+        y, x = _across(rows, y1, y2).to(cells), _across(columns, x1, x2).to(cells)
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1)
         values = F.grid_sample(
-            cells[None, None], grid[None].to(cells), padding_mode="border", align_corners=False
+            cells[None, None], grid[None], padding_mode="border", align_corners=False
         )
         mask[rows.start : rows.stop, columns.start : columns.stop] = values[0, 0] >= threshold
     return pasted
@@ -208,3 +207,9 @@ def _centres_within(low: float, high: float, limit: int) -> range:
     if not (math.isfinite(low) and math.isfinite(high)):
         return range(0)
     return range(max(0, math.ceil(low - 0.5)), min(limit, math.ceil(high - 0.5)))
+
+
+def _across(pixels: range, low: float, high: float) -> Tensor:
+    """Where the centres of pixels lie in a box, from -1 at ``low`` to 1 at ``high``."""
+    centres = torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5
+    return (centres - low) / (high - low) * 2 - 1

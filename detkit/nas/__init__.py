@@ -1,0 +1,1 @@
+"""Architecture search over one-shot supernets (DetNAS, arXiv 1903.10979)."""
