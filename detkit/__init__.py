@@ -12,7 +12,7 @@ _API = {
     **dict.fromkeys(("build", "evaluate", "load", "train"), "detkit.api"),
     "compare": "detkit.comparison",
 }
-_SUBMODULES = ("api", "config", "data", "engine", "errors", "models", "ops", "types")
+_SUBMODULES = ("api", "config", "data", "engine", "errors", "models", "ops", "scales", "types")
 __all__ = ["__version__", *_API, *_SUBMODULES]
 
 

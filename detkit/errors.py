@@ -29,6 +29,12 @@ class CheckpointError(DetkitError):
     exit_code = 3
 
 
+class OutOfMemoryError(DetkitError):
+    """The memory ran out; the message names what had to fit and the settings that need less."""
+
+    exit_code = 2
+
+
 class VerificationError(DetkitError):
     """A verification the user asked for failed."""
 

@@ -103,8 +103,8 @@ class ClassificationBatch:
 class Detections(TypedDict):
     """What ``detect`` returns per image, best score first.
 
-    boxes (R, 4) xyxy in the pixels of the given input image, labels (R,) int64 in 1..K,
-    scores (R,) in 0..1,
+    boxes (R, 4) xyxy in the pixels of the given input image, or of the output size asked for,
+    labels (R,) int64 in 1..K, scores (R,) in 0..1,
     masks (R, H, W) bool where the detector has a mask head.
     """
 

@@ -28,7 +28,7 @@ from detkit.engine.optimizer import base_lr, build_optimizer, set_factor
 from detkit.engine.step import train_step
 from detkit.models import Part, build_backbone, build_detector, count_classifier, count_detector
 from detkit.models.norm import SyncBatchNorm2d
-from detkit.models.zoo import BACKBONES
+from detkit.models.zoo import BACKBONES, WEIGHTS_OF
 from detkit.models.zoo import DETECTORS as DETECTOR_BUILDERS
 from detkit.types import Batch, CategoryMap, Target
 
@@ -436,6 +436,10 @@ def test_detnet_rows_train_as_published(name: str) -> None:
     assert drops(config) == {120_000: 0.1, 160_000: 0.01}
     assert rate(config, 0) == pytest.approx(0.02 * 0.3) and rate(config, 500) == 0.02
     assert (config.optim.momentum, config.optim.weight_decay) == (0.9, 1e-4)
+    assert (config.optim.bias_lr_factor, config.optim.norm_decay) == (2.0, False)
+    assert (config.rpn.batch_per_image, config.rpn.positive_fraction) == (256, 0.5)
+    assert (config.box.batch_per_image, config.box.positive_fraction) == (512, 0.25)
+    assert (config.box.score_threshold, config.box.nms_iou) == (0.05, 0.5)
     assert image_size(config) == (800, 1333)
     scratch = name.endswith("scratch")
     norms = (config.model.norm, config.model.head_norm, config.model.frozen_stages)
@@ -446,6 +450,12 @@ def test_detnet_rows_train_as_published(name: str) -> None:
 def test_light_head_rows_train_as_published(name: str) -> None:
     config = settings(name)
     assert (config.model.norm, config.model.frozen_stages) == ("frozen_bn", 2)
+    assert (config.optim.bias_lr_factor, config.optim.norm_decay) == (1.0, False)
+    assert config.thin.lr_factor == 3
+    if config.model.backbone != "xception145":  # raw pixels minus a mean: nothing is divided
+        pixels = (123.15, 115.9, 103.06) if "-b1" in name else (122.7717, 115.9465, 102.9801)
+        assert [255 * m for m in config.data.mean] == pytest.approx(pixels, abs=1e-4)
+        assert [255 * s for s in config.data.std] == pytest.approx([1, 1, 1], abs=1e-5)
     if "-b1" in name:
         # 8 gradients summed at 5e-4 are their mean at 0.004; its decay 5e-4 x 5e-4 is not summed
         assert rate(config, 1000) == pytest.approx(8 * 5e-4)
@@ -551,8 +561,8 @@ def test_one_step_trains_what_is_not_frozen(name: str) -> None:
     model = build_detector(config, 3)
     stages = 0 if name.endswith("scratch") else 1 if name.startswith("detnet/") else 2
     assert model.backbone.frozen_stages == stages
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
+    norms = {path: m for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for norm in norms.values():
         # random weights under the statistics of frozen norms would explode
         nn.init.constant_(norm.weight, 0.5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -561,16 +571,17 @@ def test_one_step_trains_what_is_not_frozen(name: str) -> None:
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
     changed = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
-    for number in range(1, 6):
+    for number in range(1, model.backbone.num_stages + 1):
         keys = stage_keys(model.backbone, number)
         convs = {k for k in keys if before[k].ndim == 4}
         if number <= stages:
             assert not keys & changed
         else:
             assert convs <= changed
-    frozen = config.model.norm == "frozen_bn"
-    inside = {k for k in before if k.startswith("backbone.") and before[k].ndim < 2}
-    assert not inside & changed if frozen else inside <= changed
+    kept = config.model.norm == "frozen_bn"
+    state = {p: n.state_dict() if kept else dict(n.named_buffers()) for p, n in norms.items()}
+    keys = {f"{path}.{key}" for path, own in state.items() for key in own}
+    assert not keys & changed if kept else keys <= changed
 
 
 def stage_keys(backbone: nn.Module, number: int) -> set[str]:
@@ -696,6 +707,14 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         checkpoint.save(target, content)
     return folder
+
+
+@pytest.mark.parametrize(("name", "source"), WEIGHTS_OF.items())
+def test_dilated_backbones_fit_the_weights_they_start_from(name: str, source: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = (build_backbone(n).state_dict() for n in (name, source))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert CLASSIFIER[name].macs != CLASSIFIER[source].macs
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

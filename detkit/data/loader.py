@@ -243,9 +243,10 @@ class _Fetcher(Dataset[_Loaded]):
         loaded.iscrowd.append(ignored[left])
         if dataset.masks:
             chosen = np.flatnonzero(left) + span.start
-            masks = [geometry.mask(r.segmentations[int(a)]) for a in chosen]
-            empty = np.zeros((0, *geometry.size), dtype=np.bool_)
-            loaded.masks.append(torch.from_numpy(np.stack(masks) if masks else empty))
+            masks = np.empty((len(chosen), *geometry.size), dtype=np.bool_)
+            for mask, a in zip(masks, chosen, strict=True):  # a crowd's masks are not held twice
+                mask[:] = geometry.mask(r.segmentations[int(a)])
+            loaded.masks.append(torch.from_numpy(masks))
 
     def _classification(self, dataset: ClassificationDataset, key: Key, loaded: _Loaded) -> Any:
         data = self.config.data

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from detkit.engine.inference import inference
+from detkit.engine.memory import explained
 from detkit.errors import DataError
 from detkit.types import ClassificationBatch
 
@@ -41,7 +42,8 @@ def top1(
     total: list[int] = []
     with inference(model):
         for batch in batches:
-            logits = model.classify(batch.images.to(device))  # type: ignore[operator]
+            with explained("evaluation", [batch], training=False):
+                logits = model.classify(batch.images.to(device))  # type: ignore[operator]
             right, total = _count(logits.cpu(), batch.labels.cpu(), right, total)
             if on_batch is not None:
                 on_batch(batch)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from detkit.engine.analysis import analyse
 from detkit.engine.inference import inference
+from detkit.engine.memory import explained
 from detkit.engine.results import normalise_results
 from detkit.engine.summary import numbers, per_class
 from detkit.engine.truth import normalise_truth
@@ -53,7 +54,7 @@ def evaluate(
         analysis: add AP and AR by IoU and area (DetNet, tables 3 and 4).
         metric: "coco", or "voc07" / "voc12" for VOC's mean average precision at IoU 0.5.
         iou_types: "bbox" and/or "segm"; by default boxes, and masks where truth and results have
-            them.
+            them (no results at all count as both).
         on_matches: called with each IoU type and pycocotools' matches of each class, area and
             image (in this order, the image changing fastest; images in order of their ids), for
             what needs more than the numbers; they are made for "coco" only.
@@ -90,8 +91,8 @@ def evaluate(
 
 
 def _iou_types(truth: Record, detections: list[Record]) -> tuple[str, ...]:
-    both = (truth["annotations"], detections)
-    masks = all(any(row.get("segmentation") for row in rows) for rows in both)
+    found = not detections or any(row.get("segmentation") for row in detections)
+    masks = found and any(row.get("segmentation") for row in truth["annotations"])
     return ("bbox", "segm") if masks else ("bbox",)
 
 
@@ -271,13 +272,18 @@ def detect_dataset(
     results: list[Record] = []
     with inference(model):
         for batch in batches:
-            found = model.detect(  # type: ignore[operator]
-                batch.images.to(device), batch.sizes, batch.original_sizes
-            )
-            results.extend(_batch_results(batch, found, categories))
+            with explained(_evaluating(batch), [batch], training=False):
+                found = model.detect(  # type: ignore[operator]
+                    batch.images.to(device), batch.sizes, batch.original_sizes
+                )
+                results.extend(_batch_results(batch, found, categories))
             if on_batch is not None:
                 on_batch(batch)
     return results
+
+
+def _evaluating(batch: Batch) -> str:
+    return f"evaluation of {', '.join(batch.files)}" if batch.files else "evaluation"
 
 
 def _batch_results(

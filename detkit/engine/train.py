@@ -31,6 +31,7 @@ from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.ema import Ema
 from detkit.engine.finite import FiniteFlags, Outcome
 from detkit.engine.inference import inference
+from detkit.engine.memory import explained
 from detkit.engine.optimizer import base_lr, build_optimizer, set_factor
 from detkit.engine.progress import Progress, StepInfo, Window
 from detkit.engine.run import RunFolder
@@ -222,17 +223,18 @@ class _Fitting:
         lr = set_factor(self.optimizer, self.lr, factor(self.config.optim, done, state.step))
         parts = self._fetch(iterator)
         images = int(distributed.gather_numbers([sum(len(p.images) for p in parts)]).sum())
-        result = train_step(
-            self.parallel,
-            parts,
-            self.optimizer,
-            self.scaler,
-            images=images,
-            device=self.device,
-            amp=self.amp,
-            clip=self.config.train.clip,
-            layout=self.layout,
-        )
+        with explained(f"training step {state.step + 1}", parts, training=True):
+            result = train_step(
+                self.parallel,
+                parts,
+                self.optimizer,
+                self.scaler,
+                images=images,
+                device=self.device,
+                amp=self.amp,
+                clip=self.config.train.clip,
+                layout=self.layout,
+            )
         if self.ema is not None:
             self.ema.update(self.model, state.step)
         state.step += 1

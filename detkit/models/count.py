@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from detkit.config import Config
 from detkit.models.backbones.base import Backbone
 from detkit.models.classifier import Classifier
 from detkit.models.zoo import build_backbone, build_detector
+
+_KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,23 @@ class Part:
 
 
 def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, int]:
-    """Multiply-adds of each layer with products of ``model`` while ``run`` executes it."""
+    """Multiply-adds of each layer with products of ``model`` while ``run`` executes it.
+
+    Layers are Conv2d, ConvTranspose2d, Linear, and whatever has a method ``macs(output)``.
+    """
     macs: dict[nn.Module, int] = {}
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        each = module.get_parameter("weight")[0].numel()
-        # each: weights that make one output number, or that one input number is spread by
-        numbers = inputs[0] if isinstance(module, nn.ConvTranspose2d) else out
-        macs[module] = macs.get(module, 0) + numbers.numel() * each
+        if isinstance(module, _KINDS):
+            each = module.weight[0].numel()
+            # each: weights that make one output number, or that one input number is spread by
+            numbers = inputs[0] if isinstance(module, nn.ConvTranspose2d) else out
+            count = numbers.numel() * each
+        else:
+            count = cast(_Costed, module).macs(out)
+        macs[module] = macs.get(module, 0) + count
 
-    kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
-    layers = [m for m in model.modules() if isinstance(m, kinds)]
+    layers = [m for m in model.modules() if isinstance(m, _KINDS) or hasattr(m, "macs")]
     handles = [m.register_forward_hook(add) for m in layers]
     try:
         with torch.no_grad():
@@ -49,13 +58,18 @@ def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Modul
     return macs
 
 
+class _Costed(Protocol):
+    def macs(self, output: Tensor) -> int:
+        """Multiply-adds of a call that gave ``output``."""
+
+
 def _part(modules: Iterable[nn.Module], macs: dict[nn.Module, int]) -> Part:
     inside = {m for module in modules for m in module.modules()}
     params = {p for m in inside for p in m.parameters(recurse=False)}
     return Part(
         params=sum(p.numel() for p in params),
         macs=sum(macs.get(m, 0) for m in inside),
-        convs=sum(isinstance(m, nn.Conv2d) for m in inside),
+        convs=sum(isinstance(m, nn.Conv2d) or hasattr(m, "macs") for m in inside),
     )
 
 

@@ -33,7 +33,7 @@ def check_tensors(
     """Check rank, dtype and device of the tensors of a convolution with ``outputs`` channels."""
     require(input.dim() == 4, op, "input must be (N, C, H, W)", f"shape {tuple(input.shape)}")
     require(input.is_floating_point(), op, "input must be floating point", input.dtype)
-    mixed = torch.is_autocast_enabled(input.device.type)  # autocast makes the dtypes equal later
+    mixed = _autocasts(input)  # autocast makes the dtypes equal later
     for weight in weights:
         shape = f"shape {tuple(weight.shape)}"
         require(weight.dim() == 4, op, "weight must be (O, C/groups, kh, kw)", shape)
@@ -106,10 +106,14 @@ def input_grad(ctx: Any, grad: Tensor) -> Tensor | None:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype autocast gives a convolution of ``tensor``, or None where it leaves it alone."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or not _autocasts(tensor):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; asking about meta tensors is an error."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def register_autocast(

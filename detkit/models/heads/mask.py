@@ -159,15 +159,15 @@ def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, side: int) -> Tensor
     Returns:
         (P, side, side) float32.
     """
-    step = max(1, _CROP_PIXELS // max(1, masks[0].numel())) if len(masks) else 1
-    parts = [
-        roi_align(
-            masks[which].unsqueeze(1).float(), list(some[:, None].float()), side, aligned=True
-        )
-        for which, some in zip(index.split(step), boxes.split(step), strict=True)
-        if len(which)
-    ]
-    return torch.cat(parts)[:, 0] if parts else boxes.new_zeros(0, side, side).float()
+    crops = torch.empty(len(boxes), side, side, device=boxes.device)
+    used, row = index.unique(return_inverse=True)  # many boxes share a mask
+    step = max(1, _CROP_PIXELS // max(1, masks.shape[1] * masks.shape[2]))
+    for start in range(0, len(used), step):
+        mine = (row >= start) & (row < start + step)
+        rois = torch.cat([row[mine, None] - start, boxes[mine]], 1)
+        some = masks[used[start : start + step], None].float()
+        crops[mine] = roi_align(some, rois.float(), side, aligned=True)[:, 0]
+    return crops
 
 
 def paste_masks(

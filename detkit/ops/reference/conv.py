@@ -65,7 +65,8 @@ def scaled_conv2d(
     """Convolution at one real-valued dilation (d_h, d_w) per sample; scales is (N, 2)."""
     dtype = autocast_dtype(input) or input.dtype
     compute = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(input.device.type, enabled=False):
+    device = input.device.type
+    with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # none for meta
         x, w = input.to(dtype).to(compute), weight.to(dtype).to(compute)
         size = [(n + s - 1) // s for n, s in zip(x.shape[2:], stride, strict=True)]
         w = w.unflatten(0, (groups, -1))  # (G, O/G, C/G, kh, kw)
