@@ -322,7 +322,8 @@ def test_parameters_of_published_detectors() -> None:
     biases = 8 * 256  # of the release's pyramid, which its norms take out again
     assert found == [1_849_680, 2_668_544 - biases, 593_935]
     settings = {"backbone": "detnas-300m-retinanet", "norm": "bn", "detector": "retinanet"}
-    parts = count_detector(resolve([{"model": settings}]), 80, 224, 224)
+    layers = {"model": settings, "retina": {"p6_from": "p5"}}
+    parts = count_detector(resolve([layers]), 80, 224, 224)
     found = [parts[name].params for name in ("backbone", "neck", "head")]
     assert found == [2_041_888, 3_237_888, 6_463_220]
     assert parts["total"].params == 11_742_996
