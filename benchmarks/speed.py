@@ -7,7 +7,7 @@ JPEG in memory. Weights are random and every detector proposes as many boxes as 
 so the heads see a full load. Detectors run in turn.
 
     python benchmarks/speed.py [--device cuda] [--images 500] [--warmup 50] [--amp] [--json FILE] \
-        [--case light-head/xception145-800@800x1200 ...]
+        [--case light-head/setting-s-800@800x1200 ...]
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from detkit.deploy import fold
 from detkit.models import build_detector
 
 CASES = (
-    "light-head/xception145-700@700x1100",
-    "light-head/xception145-800@800x1200",
-    "light-head/light-head-align-nms05@800x1200",
+    "light-head/setting-s-700@700x1100",
+    "light-head/setting-s-800@800x1200",
+    "light-head/setting-l@800x1200",
     "light-head/rfcn-b2@800x1200",
     "light-head/faster-rcnn@800x1200",
     "detnet/resnet101-fpn@800x1200",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detkit.config import Config, OptimConfig, read_toml, recipe_path, resolve
+from detkit.deploy.fold import fold
 from detkit.engine.optimizer import build_optimizer, set_factor
 from detkit.errors import ConfigError
 from detkit.models import (
@@ -572,6 +573,46 @@ def test_other_categories_keep_the_rows_of_shared_names(detector: str, agnostic:
     torch.testing.assert_close(now[0][:, [0, 2]], was[0][:, [0, 2]])
     column = (0, 0) if agnostic else (1, 1)
     torch.testing.assert_close(now[1][:, column[0]], was[1][:, column[1]])
+
+
+def _lively_norms(model: nn.Module) -> int:
+    """Gives every batch norm statistics and a scale of its own; how many there are."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+        nn.init.uniform_(norm.weight, 0.5, 1.0)
+        nn.init.normal_(norm.bias, std=0.1)
+    return len(norms)
+
+
+def test_all_norms_of_setting_s_fold_into_their_convolutions() -> None:
+    model = build_detector(config("light-head", "xception145"), CLASSES).eval()
+    assert _lively_norms(model) == 49
+    folded = fold(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    data = batch()
+    with torch.no_grad():
+        maps, expected = folded.features(data.images), model.features(data.images)
+    for name, x in expected.items():
+        torch.testing.assert_close(maps[name], x, rtol=0, atol=1e-4)
+    found = folded.detect(data.images, data.sizes)
+    for ours, theirs in zip(found, model.detect(data.images, data.sizes), strict=True):
+        assert len(theirs["boxes"]) > 0 and torch.equal(ours["labels"], theirs["labels"])
+        torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("detector", ["rfcn", "rfcn-thin"])
+def test_norms_of_the_head_fold_too(detector: str) -> None:
+    model = build_detector(config(detector, model={"head_norm": "bn"}), CLASSES).eval()
+    _lively_norms(model)
+    folded = fold(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    with torch.no_grad():
+        maps, expected = (m.features(batch().images) for m in (folded, model))
+    for name, x in expected.items():
+        torch.testing.assert_close(maps[name], x, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
