@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from detkit.config import Config, resolve
 from detkit.errors import ConfigError
-from detkit.models import build_backbone, build_classifier, count_classifier
+from detkit.models import (
+    build_backbone,
+    build_classifier,
+    count_classifier,
+    count_detector,
+)
 from detkit.models.backbones.shuffle import ShuffleBlock, shuffle_net, shuffle_split
 from detkit.models.backbones.shuffle_supernet import ShuffleSupernet, extract, find_supernet
 from detkit.models.classifier import Classifier
@@ -307,6 +312,21 @@ def test_a_detector_on_a_supernet_finds_what_its_network_finds() -> None:
     assert len(expected["scores"])
     torch.testing.assert_close(found["boxes"], expected["boxes"])
     torch.testing.assert_close(found["scores"], expected["scores"])
+
+
+def test_parameters_of_published_detectors() -> None:
+    """DetNAS's COCO networks: norms after every layer of the pyramid, none in RetinaNet's."""
+    settings = {"backbone": "detnas-300m", "norm": "sync_bn", "head_norm": "sync_bn"}
+    parts = count_detector(resolve([{"model": settings}]), 80, 224, 224)
+    found = [parts[name].params for name in ("backbone", "neck", "rpn")]
+    biases = 8 * 256  # of the release's pyramid, which its norms take out again
+    assert found == [1_849_680, 2_668_544 - biases, 593_935]
+    settings = {"backbone": "detnas-300m-retinanet", "norm": "bn", "detector": "retinanet"}
+    layers = {"model": settings, "retina": {"p6_from": "p5"}}
+    parts = count_detector(resolve([layers]), 80, 224, 224)
+    found = [parts[name].params for name in ("backbone", "neck", "head")]
+    assert found == [2_041_888, 3_237_888, 6_463_220]
+    assert parts["total"].params == 11_742_996
 
 
 def test_names_of_backbones() -> None:
