@@ -108,6 +108,9 @@ class ShuffleBackbone(Backbone):
         self.space = space
         self.norm = norm
         self.stem = stem_layers(space.stem, norm_named(norm))
+        # Weights fit one convention, and nothing in their shapes tells which. So every state dict
+        # says it in a name, and whoever loads the other one meets a missing key.
+        self.register_buffer(f"shuffle{space.shuffle}", torch.tensor(space.shuffle))
         taken, stride = iter(blocks), 2
         for number, (count, cout) in enumerate(zip(space.blocks, space.channels, strict=True), 2):
             stride *= 2
