@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from detkit import config as configs
+from detkit import foreign
 from detkit.config import Config, ModelConfig
 from detkit.data import (
     DetectionDataset,
@@ -87,7 +88,8 @@ def load(path: str | Path, device: str = "cpu") -> Loaded:
     Raises:
         CheckpointError: the file is no detkit checkpoint, or its weights do not fit its own config.
     """
-    stored = checkpoints.load(path)
+    stored = foreign.load(path)
+    _tell_origin(stored, path)
     config = configs.from_plain(stored["config"])
     categories = CategoryMap.from_plain(stored["categories"])
     model = build(config, categories, stored["kind"])
@@ -145,7 +147,7 @@ def resolve_config(
     """
     if resume not in (None, "auto"):
         return configs.resolve(layers, _resumable(str(resume)).config())
-    stored = checkpoints.load(init_from) if init_from else None
+    stored = foreign.load(init_from) if init_from else None
     layers = list(layers)
     start: list[Mapping[str, Any]] = []
     if recipe or stored is None or stored["kind"] == "backbone":
@@ -377,7 +379,8 @@ def _same_categories(ours: CategoryMap, theirs: CategoryMap) -> None:
 def _initialise(
     model: nn.Module, source: str | Path, categories: CategoryMap, allow_partial: bool
 ) -> None:
-    stored = checkpoints.load(source)
+    stored = foreign.load(source)
+    _tell_origin(stored, source)
     state, name = checkpoints.deployed(stored), str(source)
     if stored["kind"] == "backbone":
         report = init_backbone(model, state, name, allow_partial=allow_partial)
@@ -387,6 +390,11 @@ def _initialise(
             model, state, name, theirs=theirs, ours=categories, allow_partial=allow_partial
         )
     log.info("%s: %s", source, report)
+
+
+def _tell_origin(stored: checkpoints.Checkpoint, path: str | Path) -> None:
+    if "torchvision" in stored["provenance"]:
+        log.info("%s: torchvision's %s", path, stored["provenance"]["torchvision"])
 
 
 def _run_folder(

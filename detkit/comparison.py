@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from detkit import config as configs
+from detkit import foreign
 from detkit.api import detect_split, with_fixes
 from detkit.data import DetectionDataset, open_detection
-from detkit.engine import checkpoint as checkpoints
 from detkit.engine import compare as bootstrap
 from detkit.engine.results import read_results
 from detkit.engine.run import RunFolder
@@ -126,7 +126,7 @@ def _source(given: str | Path) -> Path:
 
 def _data_path(sources: Sequence[Path], layers: Sequence[Mapping[str, Any]]) -> str:
     """The data set all checkpoints were trained on."""
-    stored = [checkpoints.load(s) for s in sources if s.suffix == ".pth"]
+    stored = [foreign.load(s) for s in sources if s.suffix == ".pth"]
     bases = [configs.from_plain(s["config"]) for s in stored] or [configs.Config()]
     paths = sorted({configs.resolve(layers, base).data.path for base in bases})
     if len(paths) > 1:

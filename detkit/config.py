@@ -99,6 +99,9 @@ class ModelConfig:
     """Normalisation of the backbone: frozen_bn, bn, sync_bn or gn."""
     head_norm: str = "none"
     """Normalisation of neck and heads: none, bn, sync_bn or gn."""
+    norm_eps: float = 1e-5
+    """Added to the variances of the backbone's batch norms (0 in torchvision's published
+    detectors)."""
     frozen_stages: int = 0
     """Stages of the backbone that stay fixed: 0 none, 1 the stem (DetNet), 2 stem and conv2."""
     neck_channels: int = 256
@@ -107,6 +110,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("model.norm", self.norm, NORMS)
         _one_of("model.head_norm", self.head_norm, ("none", "bn", "sync_bn", "gn"))
+        _require(self.norm_eps >= 0, "model.norm_eps", "zero or more", self.norm_eps)
         _require(0 <= self.frozen_stages <= 6, "model.frozen_stages", "in 0..6", self.frozen_stages)
         _require(self.neck_channels > 0, "model.neck_channels", "positive", self.neck_channels)
 
@@ -391,11 +395,15 @@ class DataConfig:
     """RGB mean subtracted from images in 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """RGB deviation images are divided by."""
+    resize: str = "antialias"
+    """Detectors: antialias (bilinear, as wide as the step when shrinking), or torchvision (its
+    detectors' own: pixels are normalised first, bilinear without antialias, sides rounded down)."""
     pad_multiple: int = 32
     """Batches are padded to a multiple of this many pixels."""
 
     def __post_init__(self) -> None:
         _one_of("data.on_bad_image", self.on_bad_image, ("skip", "fail"))
+        _one_of("data.resize", self.resize, ("antialias", "torchvision"))
         _require(
             self.train_long_side >= 0, "data.train_long_side", "zero or more", self.train_long_side
         )

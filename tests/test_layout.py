@@ -33,6 +33,7 @@ ALLOWED = {
     "deploy": METHODS | DATA | ENGINE | {"deploy"},
     "report": METHODS | DATA | ENGINE | {"deploy", "report"},
 }
+ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}

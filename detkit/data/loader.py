@@ -121,6 +121,10 @@ class _Fetcher(Dataset[_Loaded]):
         self.dataset = dataset
         self.config = config
         self.training = training
+        if isinstance(dataset, ClassificationDataset) and config.data.resize != "antialias":
+            raise ConfigError(
+                f"data.resize: must be antialias for classifiers, got {config.data.resize!r}"
+            )
 
     def __getitems__(self, keys: list[Key]) -> _Loaded:
         loaded = _Loaded()
@@ -148,9 +152,14 @@ class _Fetcher(Dataset[_Loaded]):
         else:
             height, width = loaded.sizes[0]
         loaded.images = torch.zeros(len(views), 3, height, width)
-        for out, view, shift in zip(loaded.images, views, loaded.shifts, strict=True):
-            mean = np.subtract(self.config.data.mean, shift)  # a shift of all pixels
-            transforms.normalise_into(out, view, mean.tolist(), self.config.data.std)
+        rows = zip(loaded.images, views, loaded.sizes, loaded.shifts, strict=True)
+        for out, view, size, shift in rows:
+            mean = np.subtract(self.config.data.mean, shift).tolist()  # a shift of all pixels
+            std = self.config.data.std
+            if self.config.data.resize == "torchvision":
+                transforms.normalise_then_resize_into(out, view, size, mean, std)
+            else:
+                transforms.normalise_into(out, view, mean, std)
 
     def _view(self, key: Key, loaded: _Loaded) -> Any:
         """Pixels of one sample, its truth appended to ``loaded``; None where it is left out.
@@ -182,7 +191,7 @@ class _Fetcher(Dataset[_Loaded]):
         source = dataset.size(key.index)
         boxes = dataset.records.boxes(key.index)
         rng = view_chance(self.config.train.seed, key.epoch, key.index)
-        geometry = transforms.whole(source, key.short_side, data.long_side)
+        geometry = transforms.whole(source, key.short_side, data.long_side, data.resize)
         if self.training:
             geometry = transforms.random_detection(
                 rng,
@@ -192,8 +201,12 @@ class _Fetcher(Dataset[_Loaded]):
                 long_side=data.train_long_side or data.long_side,
                 flip=data.flip,
                 min_crop=data.min_crop,
+                resize=data.resize,
             )
-        image = geometry.image(dataset.image(key.index, geometry.needed))
+        if data.resize == "torchvision":  # which resizes after normalising
+            image = geometry.cut(dataset.image(key.index))
+        else:
+            image = geometry.image(dataset.image(key.index, geometry.needed))
         image = self._recoloured(rng, image, loaded)
         if self.training:
             self._append_target(dataset, key.index, geometry, boxes, loaded)

@@ -19,6 +19,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor
+from torch.nn import functional as F
 
 from detkit.data import masks
 
@@ -72,6 +73,12 @@ class Geometry:
             image = image.resize((width, height), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
 
+    def cut(self, image: Image.Image) -> Image.Image:
+        """The pixels before resizing; ``image`` is the whole image and ``crop`` in whole pixels."""
+        x0, y0, x1, y1 = (round(v) for v in self.crop)
+        image = image.crop((x0, y0, x1, y1))
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+
     def points(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """(P, 2) points x, y."""
         sy, sx = self.scale
@@ -100,17 +107,27 @@ class Geometry:
         return np.asarray(self.image(whole)) >= 128
 
 
-def resized(source: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) with the shorter side ``short_side`` and the longer at most ``long_side``."""
+def resized(
+    source: tuple[int, int], short_side: int, long_side: int, resize: str = "antialias"
+) -> tuple[int, int]:
+    """(height, width) with the shorter side ``short_side`` and the longer at most ``long_side``.
+
+    Sides are rounded to the nearest pixel; with ``resize`` ``torchvision`` down, as its own
+    arithmetic does (799 where 800 / 480 * 480 falls below 800).
+    """
     factor = min(short_side / min(source), long_side / max(source))
-    height, width = (max(1, math.floor(side * factor + 0.5)) for side in source)
+    half = 0.0 if resize == "torchvision" else 0.5
+    height, width = (max(1, math.floor(side * factor + half)) for side in source)
     return height, width
 
 
-def whole(source: tuple[int, int], short_side: int, long_side: int) -> Geometry:
+def whole(
+    source: tuple[int, int], short_side: int, long_side: int, resize: str = "antialias"
+) -> Geometry:
     """The whole image, resized; what detectors are evaluated on."""
     height, width = source
-    return Geometry(source, (0, 0, width, height), resized(source, short_side, long_side))
+    size = resized(source, short_side, long_side, resize)
+    return Geometry(source, (0, 0, width, height), size)
 
 
 def random_detection(
@@ -122,6 +139,7 @@ def random_detection(
     long_side: int,
     flip: float,
     min_crop: float,
+    resize: str = "antialias",
 ) -> Geometry:
     """A training view for detectors: maybe cut, resized, maybe mirrored.
 
@@ -133,13 +151,14 @@ def random_detection(
         long_side: Limit of its longer side.
         flip: Chance of mirroring.
         min_crop: Smallest share of each side that is kept; 1 never cuts.
+        resize: How sides are rounded, see :func:`resized`.
     """
     mirrored = bool(rng.random() < flip)
     crop = (
         _random_crop(rng, source, boxes, min_crop) if min_crop < 1 else (0, 0, source[1], source[0])
     )
     x0, y0, x1, y1 = crop
-    size = resized((y1 - y0, x1 - x0), short_side, long_side)
+    size = resized((y1 - y0, x1 - x0), short_side, long_side, resize)
     return Geometry(source, crop, size, mirrored)
 
 
@@ -214,6 +233,30 @@ def lighting(rng: Generator, strength: float) -> NDArray[np.float64]:
     """
     shift: NDArray[np.float64] = _COLOR_AXES @ (_COLOR_SPREAD * rng.normal(0, strength, 3))
     return shift
+
+
+def normalise_then_resize_into(
+    out: Tensor,
+    image: Image.Image,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Normalise an RGB image, then resize it into the top left of ``out`` (3, H, W).
+
+    Bilinear with half-pixel centres and without antialias; the operations and their order are those
+    of torchvision's detectors, so that the pixels are the same to the last bit.
+
+    Args:
+        out: Where to write.
+        image: Not yet resized.
+        size: (height, width) to write.
+        mean: Subtracted from values in 0..1.
+        std: Divides them.
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+    pixels.sub_(torch.tensor(mean).reshape(3, 1, 1)).div_(torch.tensor(std).reshape(3, 1, 1))
+    out[:, : size[0], : size[1]] = F.interpolate(pixels[None], size, mode="bilinear")[0]
 
 
 def normalise_into(

@@ -167,8 +167,15 @@ def load(path: str | Path, *, kinds: Iterable[str] = KINDS) -> Checkpoint:
         ConfigError: There is no such file.
         StorageError: The file cannot be read.
     """
-    what = f"checkpoint {path}"
-    content = read(path)
+    return accept(read(path), f"checkpoint {path}", kinds)
+
+
+def accept(content: Any, what: str, kinds: Iterable[str] = KINDS) -> Checkpoint:
+    """``content`` of a file that :func:`read` gave, if it is a checkpoint.
+
+    Raises:
+        CheckpointError: It is none, or of another kind; ``what`` opens the message.
+    """
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{what}: must be a {FORMAT} file, got {_describe(content)}")
     _check_contents(content, what)

@@ -8,7 +8,7 @@ initialised. Any other missing or left-over weight is refused, never skipped in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class InitReport:
         kept: categories whose rows of the class-shaped layers were copied.
         fresh: categories that start from random rows.
         missing: weights of the model the checkpoint lacks (only with ``allow_partial``).
-        unused: weights of the checkpoint the model lacks (only with ``allow_partial``).
+        unused: weights of the checkpoint the model lacks: a classifier's last layer, others only
+            with ``allow_partial``.
     """
 
     loaded: int
@@ -68,6 +69,8 @@ def init_backbone(
     """Fill ``model.backbone``, and the layers that a head took over from it (its
     ``backbone_layers``), from a classifier's state dict; the other layers stay as they are.
 
+    The classifier's own last layers, ``tail`` and ``fc``, are not used, whatever its classes.
+
     Raises:
         CheckpointError: weights are missing, left over or differently shaped.
     """
@@ -76,8 +79,10 @@ def init_backbone(
     for path, child in _backbone_layers(model):
         moved = _weights(own, f"{path}.{child}.")
         wanted |= {f"backbone.{k.removeprefix(path + '.')}": v for k, v in moved.items()}
-    given = _weights(state, "backbone.")
-    return _copy(wanted, given, source, (), (), allow_partial)
+    last = (*_weights(state, "tail."), *_weights(state, "fc."))
+    given = {key: value for key, value in _weights(state).items() if key not in last}
+    report = _copy(wanted, given, source, (), (), allow_partial)
+    return replace(report, unused=(*report.unused, *last))
 
 
 def init_detector(
@@ -109,6 +114,7 @@ def init_detector(
         for part in ("weight", "bias"):
             key = f"{path}.{part}"
             if key in wanted and key in given:
+                _check_rows(key, wanted[key], given[key], rows, theirs, source)
                 _copy_rows(wanted.pop(key), given.pop(key), rows, theirs, ours, kept)
     return _copy(wanted, given, source, kept, fresh, allow_partial)
 
@@ -129,6 +135,17 @@ def _class_layers(model: nn.Module) -> dict[str, ClassRows]:
         for path, module in model.named_modules()
         for child, rows in getattr(module, "class_rows", {}).items()
     }
+
+
+def _check_rows(
+    key: str, target: Tensor, source: Tensor, rows: ClassRows, theirs: CategoryMap, file: str
+) -> None:
+    shape = (rows.groups * (rows.before + rows.each * len(theirs)), *target.shape[1:])
+    if source.shape != shape:
+        raise CheckpointError(
+            f"{file}: {key} must have shape {shape} for its {len(theirs)} categories, "
+            f"got {tuple(source.shape)}"
+        )
 
 
 def _copy_rows(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from torch import nn
+
 from detkit.config import Config, suggest
 from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
@@ -58,8 +60,16 @@ WEIGHTS_OF = {"resnet50-dilated": "resnet50-msra", "resnet101-dilated": "resnet1
 """Backbones that take the pre-trained weights of another one: only stride and dilation differ."""
 
 
-def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -> Backbone:
+def build_backbone(
+    name: str, norm: str = "frozen_bn", frozen_stages: int = 0, norm_eps: float = 1e-5
+) -> Backbone:
     """A backbone with random weights: one of BACKBONES, a supernet, or any network of DetNAS.
+
+    Args:
+        name: Its name.
+        norm: Name of its norms.
+        frozen_stages: Stages that stay fixed.
+        norm_eps: Added to the variances of its batch norms.
 
     Raises:
         ConfigError: An unknown name.
@@ -70,6 +80,9 @@ def build_backbone(name: str, norm: str = "frozen_bn", frozen_stages: int = 0) -
         raise ConfigError(
             f"model.frozen_stages: must be in 0..{last} for {name}, got {frozen_stages}"
         )
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = norm_eps
     return backbone.freeze(frozen_stages)
 
 
@@ -86,7 +99,7 @@ def _maker(name: str) -> Callable[[str], Backbone]:
 def build_classifier(config: Config, num_classes: int) -> Classifier:
     """Classifier over ``config.model.backbone``, random weights."""
     model = config.model
-    backbone = build_backbone(model.backbone, model.norm, model.frozen_stages)
+    backbone = build_backbone(model.backbone, model.norm, model.frozen_stages, model.norm_eps)
     return Classifier(backbone, num_classes, config.train.label_smoothing)
 
 
@@ -102,7 +115,7 @@ def build_detector(config: Config, num_classes: int) -> Detector:
     """
     model = config.model
     build = DETECTORS[_known("model.detector", model.detector, DETECTORS)]
-    backbone = build_backbone(model.backbone, model.norm, model.frozen_stages)
+    backbone = build_backbone(model.backbone, model.norm, model.frozen_stages, model.norm_eps)
     return build(config, backbone, num_classes)
 
 
