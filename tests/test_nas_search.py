@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from detkit.errors import (
     ConfigError,
@@ -22,13 +23,17 @@ from detkit.errors import (
     TrainingInterrupted,
     VerificationError,
 )
+from detkit.models.backbones.shuffle_supernet import ShuffleSupernet
+from detkit.models.classifier import Classifier
 from detkit.models.search_space import SPACES, Genes, SearchSpace
+from detkit.nas.calibrate import calibrate, statistics
 from detkit.nas.candidates import Candidate, Evaluator, Journal, SearchResult, within
 from detkit.nas.cost import cost_table
 from detkit.nas.evolution import EvaluateAll, EvolutionSettings, cross, evolve, mutate
 from detkit.nas.paths import MacsBinPaths, UniformPaths, path_sampler, random_genes
 from detkit.nas.random_search import random_search
 from detkit.nas.work_queue import LocalQueue
+from detkit.types import ClassificationBatch
 
 SMALL, TINY = SPACES["small"], SPACES["tiny"]
 TABLE = cost_table(SMALL)
@@ -342,6 +347,28 @@ def test_mutants_and_crosses() -> None:
     assert abs(mixed - 0.5) < 0.04  # half of them have one parent twice
     assert abs((crosses == 3).mean() - 0.5) < 0.03
     assert mutate(parents, 0.0, 4, rng) in parents
+
+
+def test_a_search_over_a_supernet_leaves_it_as_it_was(tmp_path: Path) -> None:
+    """Each network with statistics of its own; the score of one does not depend on the others."""
+    model = Classifier(ShuffleSupernet(TINY), 4)
+    supernet = model.backbone
+    batch = ClassificationBatch(torch.randn(4, 3, 64, 64), torch.arange(4))
+
+    def score(genes: Genes) -> dict[str, float]:
+        supernet.set_path(genes)
+        with statistics(model, calibrate(model, [batch])), torch.no_grad():
+            return {"AP": -float(model(batch)["loss"])}
+
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    table = cost_table(TINY)
+    search = evaluator(tmp_path, score, TINY, lambda genes: {"macs": table.body(genes).macs})
+    settings = EvolutionSettings(population=4, generations=3, parents=2, mutants=2, crossovers=1)
+    result = evolve(TINY, settings, search, lambda genes: True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert len({c.fitness for c in result.history}) > 6
+    for candidate in reversed(result.history):
+        assert score(candidate.genes)["AP"] == candidate.fitness
 
 
 def test_equal_fitness_keeps_the_earlier_one() -> None:

@@ -9,14 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from detkit.config import Config, resolve
-from detkit.errors import ConfigError
-from detkit.models import build_backbone, build_classifier, count_classifier
+from detkit.errors import CheckpointError, ConfigError
+from detkit.models import (
+    build_backbone,
+    build_classifier,
+    count_classifier,
+    count_detector,
+)
 from detkit.models.backbones.shuffle import ShuffleBlock, shuffle_net, shuffle_split
 from detkit.models.backbones.shuffle_supernet import ShuffleSupernet, extract, find_supernet
 from detkit.models.classifier import Classifier
 from detkit.models.count import macs_by_module
 from detkit.models.norm import norm_named
 from detkit.models.search_space import ARCHITECTURES, OPS, SPACES, Position
+from detkit.models.weights import init_backbone
 from detkit.models.zoo import build_detector
 from detkit.nas.cost import cost_table
 from detkit.types import Batch, ClassificationBatch, Target
@@ -96,11 +102,17 @@ def test_a_block_joins_its_branches(convention: int) -> None:
     assert torch.equal(out, torch.cat([block.project(x), block.main(x)], 1))
 
 
-def test_the_two_conventions_are_different_networks() -> None:
-    torch.manual_seed(3)
+def test_the_two_conventions_are_different_networks_and_do_not_mix() -> None:
     one = shuffle_net(replace(TINY, shuffle=1), A).eval()
     two = shuffle_net(TINY, A).eval()
-    two.load_state_dict(one.state_dict())
+    state = one.state_dict()
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*shuffle2.*Unexpected key.*shuffle1"):
+        two.load_state_dict(state)
+    model, source = Classifier(two, 3), Classifier(one, 3).state_dict()
+    with pytest.raises(CheckpointError, match=r"1 missing \(backbone.shuffle2\) and 1 left over"):
+        init_backbone(model, source, "supernet.pth")
+    state["shuffle2"] = state.pop("shuffle1")
+    two.load_state_dict(state)
     x = torch.randn(1, 3, 64, 64)
     assert not torch.allclose(one(x)["c5"], two(x)["c5"])
 
@@ -234,7 +246,7 @@ def test_idle_blocks_never_move(norm: str) -> None:
         active = {(*place, gene) for place, gene in zip(places, genes, strict=True)}
         for key, value in model.state_dict().items():
             place = block_of(key)
-            moves = place is None or place in active
+            moves = place in active or (place is None and not key.endswith("shuffle2"))
             assert moves != torch.equal(value, before[key]), key
 
 
@@ -307,6 +319,34 @@ def test_a_detector_on_a_supernet_finds_what_its_network_finds() -> None:
     assert len(expected["scores"])
     torch.testing.assert_close(found["boxes"], expected["boxes"])
     torch.testing.assert_close(found["scores"], expected["scores"])
+
+
+def test_a_classifier_starts_a_detector_without_its_last_layers() -> None:
+    settings = {"backbone": "detnas-supernet-tiny", "norm": "bn"}
+    model = build_detector(resolve([{"model": settings}]), 3)
+    source = Classifier(ShuffleSupernet(TINY), 5)
+    make_norms_speak(source)
+    report = init_backbone(model, source.state_dict(), "supernet.pth")
+    assert not report.missing
+    assert {name.split(".")[0] for name in report.unused} == {"tail", "fc"}
+    found = model.backbone.state_dict()
+    same = [torch.equal(found[k], v) for k, v in source.backbone.state_dict().items()]
+    assert len(same) == len(found) and all(same)
+
+
+def test_parameters_of_published_detectors() -> None:
+    """DetNAS's COCO networks: norms after every layer of the pyramid, none in RetinaNet's."""
+    settings = {"backbone": "detnas-300m", "norm": "sync_bn", "head_norm": "sync_bn"}
+    parts = count_detector(resolve([{"model": settings}]), 80, 224, 224)
+    found = [parts[name].params for name in ("backbone", "neck", "rpn")]
+    biases = 8 * 256  # of the release's pyramid, which its norms take out again
+    assert found == [1_849_680, 2_668_544 - biases, 593_935]
+    settings = {"backbone": "detnas-300m-retinanet", "norm": "bn", "detector": "retinanet"}
+    layers = {"model": settings, "retina": {"p6_from": "p5"}}
+    parts = count_detector(resolve([layers]), 80, 224, 224)
+    found = [parts[name].params for name in ("backbone", "neck", "head")]
+    assert found == [2_041_888, 3_237_888, 6_463_220]
+    assert parts["total"].params == 11_742_996
 
 
 def test_names_of_backbones() -> None:

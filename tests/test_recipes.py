@@ -673,6 +673,7 @@ def _worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_from_scratch_two_processes_step_as_one(tmp_path: Path) -> None:
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)
     alone = stepped(lambda model: model, picture(2))

@@ -35,7 +35,9 @@ BUILDERS = {
 PICTURES = (("coco_mini", 2), ("bccd", 2), ("nuts_seg", 1))
 
 
-def random_peer(tv: ModuleType, detector: str, images: list[Tensor], **settings: Any) -> nn.Module:
+def random_peer(
+    tv: ModuleType, detector: str, images: list[Tensor], eps: float, **settings: Any
+) -> nn.Module:
     """A torchvision detector with random weights that detects a lot, nothing of it for sure."""
     torch.manual_seed(0)
     build = getattr(tv.models.detection, BUILDERS[detector])
@@ -45,16 +47,17 @@ def random_peer(tv: ModuleType, detector: str, images: list[Tensor], **settings:
             module.running_mean.normal_(0, 0.05)
             module.running_var.uniform_(0.8, 1.2)
             nn.init.constant_(module.weight, 0.4)
+            module.eps = eps
     if detector == "retinanet":
         heads = [(peer.head.classification_head.cls_logits, -6.0, 1.0)]
         heads += [(peer.head.regression_head.bbox_reg, 0.0, 0.2)]
     else:
         heads = [(peer.rpn.head.cls_logits, 0.0, 1.0), (peer.rpn.head.bbox_pred, 0.0, 0.2)]
         box = peer.roi_heads.box_predictor
-        heads += [(box.cls_score, 0.0, 1.5), (box.bbox_pred, 0.0, 1.0)]
-    if detector == "maskrcnn-fpn":
-        heads += [(peer.roi_heads.mask_predictor.mask_fcn_logits, 0.0, 2.0)]
+        heads += [(box.cls_score, 0.0, 1.2), (box.bbox_pred, 0.0, 1.0)]
     spread(heads, peer, images)
+    if detector == "maskrcnn-fpn":  # its masks need boxes first
+        spread([(peer.roi_heads.mask_predictor.mask_fcn_logits, 0.0, 2.0)], peer, images[:1])
     return peer
 
 
@@ -113,11 +116,11 @@ SMALL, LARGE = (160, 266), (800, 1333)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("detector", "sizes"),
+    ("detector", "sizes", "published"),
     [
-        ("frcnn-fpn", [*[SMALL] * 5, LARGE]),
-        ("maskrcnn-fpn", [SMALL] * 2),
-        ("retinanet", [*[SMALL] * 5, LARGE]),
+        ("frcnn-fpn", [*[SMALL] * 5, LARGE], True),
+        ("maskrcnn-fpn", [SMALL] * 2, True),
+        ("retinanet", [*[SMALL] * 5, LARGE], False),
     ],
 )
 def test_detections_equal_torchvisions(
@@ -126,12 +129,15 @@ def test_detections_equal_torchvisions(
     tmp_path: Path,
     detector: str,
     sizes: list[tuple[int, int]],
+    published: bool,
 ) -> None:
     """From the file to boxes in its pixels; boxes to 1e-3 px, scores to 1e-5, in the same order."""
     dataset = open_detection(str(pictures), "val", resolve([]).data)
     images = [pixels(dataset, i) for i in range(min(5, len(sizes)))]
-    peer = random_peer(tv, detector, images, min_size=SMALL[0], max_size=SMALL[1])
-    torch.save(peer.state_dict(), tmp_path / "peer.pth")
+    eps = 0.0 if published else 1e-5
+    peer = random_peer(tv, detector, images, eps, min_size=SMALL[0], max_size=SMALL[1])
+    state = peer.state_dict()
+    torch.save(old_names(state) if published else state, tmp_path / "peer.pth")
     loaded = api.load(tmp_path / "peer.pth")
     for i, (short_side, long_side) in enumerate(sizes):
         size = {"data": {"short_side": short_side, "long_side": long_side, "workers": 0}}
@@ -147,10 +153,9 @@ def test_detections_equal_torchvisions(
         assert ids == theirs["labels"].tolist()
         torch.testing.assert_close(ours["scores"], scores, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-3)
-        if "masks" in theirs:  # pasted by another rule, so only nearly the same
+        if "masks" in theirs:  # pasted by another rule; unrelated ones would share a third
             masks = theirs["masks"][:, 0] >= 0.5
-            assert ours["masks"].sum() > 1000
-            assert (ours["masks"] & masks).sum() / (ours["masks"] | masks).sum() > 0.85
+            assert (ours["masks"] & masks).sum() > 0.7 * (ours["masks"] | masks).sum() > 1000
 
 
 # --- pixels ---------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def init_backbone(
     """Fill ``model.backbone``, and the layers that a head took over from it (its
     ``backbone_layers``), from a classifier's state dict; the other layers stay as they are.
 
-    The classifier's last layer ``fc`` is not used, whatever its classes.
+    The classifier's own last layers, ``tail`` and ``fc``, are not used, whatever its classes.
 
     Raises:
         CheckpointError: weights are missing, left over or differently shaped.
@@ -79,7 +79,7 @@ def init_backbone(
     for path, child in _backbone_layers(model):
         moved = _weights(own, f"{path}.{child}.")
         wanted |= {f"backbone.{k.removeprefix(path + '.')}": v for k, v in moved.items()}
-    last = tuple(_weights(state, "fc."))
+    last = (*_weights(state, "tail."), *_weights(state, "fc."))
     given = {key: value for key, value in _weights(state).items() if key not in last}
     report = _copy(wanted, given, source, (), (), allow_partial)
     return replace(report, unused=(*report.unused, *last))

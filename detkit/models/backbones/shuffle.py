@@ -88,6 +88,12 @@ class ShuffleBlock(nn.Module):
         return torch.cat([keep, self.main(half)], 1)
 
 
+def stem_layers(channels: int, norm: Norm) -> nn.Sequential:
+    """What halves the image first."""
+    conv = nn.Conv2d(3, channels, 3, 2, padding=1)
+    return nn.Sequential(conv, norm(channels), nn.ReLU(inplace=True))
+
+
 class ShuffleBackbone(Backbone):
     """Stem and stages of a search space, with the blocks it is given.
 
@@ -101,15 +107,17 @@ class ShuffleBackbone(Backbone):
         super().__init__()
         self.space = space
         self.norm = norm
-        conv = nn.Conv2d(3, space.stem, 3, 2, padding=1)
-        self.stem = nn.Sequential(conv, norm_named(norm)(space.stem), nn.ReLU(inplace=True))
+        self.stem = stem_layers(space.stem, norm_named(norm))
+        # Weights fit one convention, and nothing in their shapes tells which. So every state dict
+        # says it in a name, and whoever loads the other one meets a missing key.
+        self.register_buffer(f"shuffle{space.shuffle}", torch.tensor(space.shuffle))
         taken, stride = iter(blocks), 2
         for number, (count, cout) in enumerate(zip(space.blocks, space.channels, strict=True), 2):
             stride *= 2
             self.add_module(f"stage{number}", nn.Sequential(*(next(taken) for _ in range(count))))
             self.feature_specs[f"c{number}"] = FeatureSpec(cout, stride)
         init_weights(self)
-        nn.init.normal_(conv.weight, 0, 0.01)
+        nn.init.normal_(self.stem[0].get_parameter("weight"), 0, 0.01)
 
     def stage(self, number: int) -> list[nn.Module]:
         """Modules of a stage."""
