@@ -80,15 +80,23 @@ def build(config: Config, categories: CategoryMap | int, kind: str = "detector")
     return (build_classifier if kind == "backbone" else build_detector)(config, count)
 
 
-def load(path: str | Path, device: str = "cpu") -> Loaded:
+def load(
+    path: str | Path, device: str = "cpu", overrides: Iterable[Mapping[str, Any]] = ()
+) -> Loaded:
     """Rebuild the model of a checkpoint with its deployed weights (EMA where there is one).
 
+    Args:
+        path: the checkpoint.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        overrides: layers of settings on top of the checkpoint's.
+
     Raises:
-        CheckpointError: the file is no detkit checkpoint, or its weights do not fit its own config.
+        CheckpointError: the file is no detkit checkpoint, or its weights do not fit the model.
+        ConfigError: an unknown setting or device.
     """
     stored = foreign.load(path)
     _tell_origin(stored, path)
-    config = configs.from_plain(stored["config"])
+    config = configs.resolve(overrides, configs.from_plain(stored["config"]))
     categories = CategoryMap.from_plain(stored["categories"])
     model = build(config, categories, stored["kind"])
     checkpoints.load_weights(model, checkpoints.deployed(stored), str(path))
@@ -536,14 +544,14 @@ def detect_split(
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
-    loaded = load(checkpoint, device)
+    loaded = load(checkpoint, device, overrides)
     if loaded.kind == "backbone":
         raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}")
     if fold:
         loaded = replace(loaded, model=fold_norms(loaded.model))
-    config = configs.resolve(overrides, loaded.config)
+    config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
-    return _detect(loaded, dataset, config, on_image), dataset
+    return _detect(loaded, dataset, on_image), dataset
 
 
 def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
@@ -556,7 +564,6 @@ def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
 def _detect(
     loaded: Loaded,
     dataset: Any,
-    config: Config,
     on_image: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
     """COCO results of a model on a data set whose categories may differ in ids and order."""
@@ -580,7 +587,11 @@ def _detect(
 
     device = next(loaded.model.parameters()).device
     results = detect_dataset(
-        loaded.model, eval_batches(dataset, config), loaded.categories, device, on_batch=count
+        loaded.model,
+        eval_batches(dataset, loaded.config),
+        loaded.categories,
+        device,
+        on_batch=count,
     )
     ids = {
         loaded.categories.category_id(k): theirs.ids[theirs.names.index(name)]
