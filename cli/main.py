@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "Train a backbone as a classifier.",
     "finetune": "Train a detector.",
     "eval": "Score a detector, or a file of detections, by COCO or VOC metrics.",
+    "export": "Write a detector as an ONNX file.",
     "models": "List backbones, detectors and recipes with parameters and MACs.",
     "data": "Check and make data sets.",
     "doctor": "Show what is installed and which operator runs where, and why.",

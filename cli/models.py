@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
 
-from detkit.cli.options import Common, common_options, emit
-from detkit.errors import ConfigError
+from detkit.cli.options import Common, common_options, emit, height_by_width
 
 
 @click.command("models")
@@ -33,19 +31,8 @@ def command(common: Common, size: str | None) -> None:
     from detkit import api
 
     wanted = common.flags.get("model", {})
-    table = api.model_table(_size(size), wanted.get("backbone"), wanted.get("detector"))
+    table = api.model_table(height_by_width(size), wanted.get("backbone"), wanted.get("detector"))
     emit(common, table, lambda: _show(table, size))
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or "0" in match.groups():
-        raise ConfigError(
-            f"--size: must read HEIGHTxWIDTH in pixels, got {text!r}; for example 800x1344"
-        )
-    return int(match[1]), int(match[2])
 
 
 def _show(table: dict[str, Any], size: str | None) -> None:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import click
 
 from detkit import config as configs
+from detkit.errors import ConfigError
 
 Command = Callable[..., Any]
 Tables = dict[str, dict[str, Any]]
@@ -129,6 +131,18 @@ def configure_logging(common: Common) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, force=True)
     logging.getLogger("detkit").setLevel(logging.INFO if speaks else logging.ERROR)
     logging.captureWarnings(True)
+
+
+def height_by_width(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of a ``--size``; raises ConfigError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or "0" in match.groups():
+        raise ConfigError(
+            f"--size: must read HEIGHTxWIDTH in pixels, got {text!r}; for example 800x1344"
+        )
+    return int(match[1]), int(match[2])
 
 
 def emit(common: Common, result: Any, show: Callable[[], None]) -> None:

@@ -11,8 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minut
 VOC_METRICS = ("voc07", "voc12")
 MASK_METRICS = tuple(f"segm_{name}" for name in NUMBERS)
 COCO_CLASSES = 80
+VERIFY_IMAGES = 20
 _SHAPE_TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask")
 _KINDS = {"pretrain": "backbone", "finetune": "detector"}
 _METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS, *MASK_METRICS)}
@@ -552,6 +554,87 @@ def detect_split(
     config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
     return _detect(loaded, dataset, on_image), dataset
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    opset: int | None = None,
+    size: tuple[int, int] | None = None,
+    verify: bool = False,
+    data: str | None = None,
+    split: str = "val",
+    overrides: Iterable[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Write a detector checkpoint as an ONNX file; docs/export.md describes inputs and outputs.
+
+    Args:
+        checkpoint: the detector.
+        out: the ONNX file; another of that name is replaced.
+        opset: version of ONNX's operators.
+        size: (height, width) of the images, fixed; None leaves them free.
+        verify: write nothing unless ONNX Runtime agrees with PyTorch on real images.
+        data: data set of these images; by default the one the checkpoint was trained on.
+        split: split of the data set.
+        overrides: layers of settings for reading the images; ``data`` only.
+
+    Returns:
+        ``{"onnx": file, "bytes": n, "opset": n, "verified": {images, detections, box, score} or
+        None}``.
+
+    Raises:
+        DetkitError: a checkpoint that cannot be exported, a missing package, a difference
+            (VerificationError), unusable data, or a file that cannot be written.
+    """
+    from detkit.deploy import export as exporter  # torch.onnx takes seconds to import
+
+    exporter.require_onnx()
+    out, opset = Path(out), opset or exporter.OPSETS[0]
+    if not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(f"{out}: must be a file in a folder that exists, got none")
+    loaded = load(checkpoint)
+    if loaded.kind == "backbone":
+        raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}")
+    config = configs.resolve(overrides, loaded.config)
+    _data_only(config, loaded.config)
+    content = exporter.to_onnx(loaded.model, loaded.config.data, opset=opset, size=size)
+    result = {"onnx": str(out), "bytes": len(content), "opset": opset, "verified": None}
+    if verify:
+        result["verified"] = _verify(content, loaded, config, data, split, size)
+    exporter.write(content, out)
+    return result
+
+
+def _data_only(config: Config, stored: Config) -> None:
+    """Refuse settings that would describe another detector than the checkpoint holds."""
+    pixels = ("mean", "std", "pad_multiple")
+    same = {key: getattr(stored.data, key) for key in pixels}
+    if replace(config, data=stored.data) != stored or same != {
+        key: getattr(config.data, key) for key in pixels
+    }:
+        raise ConfigError(
+            "--set: must be of the table data, and none of mean, std and pad_multiple, got others; "
+            "the rest is the checkpoint's own"
+        )
+
+
+def _verify(
+    content: bytes,
+    loaded: Loaded,
+    config: Config,
+    data: str | None,
+    split: str,
+    size: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """Compare an exported file with its checkpoint on the first images of a split."""
+    from detkit.deploy import verify
+
+    dataset = open_detection(data or config.data.path, split, config.data)
+    batches = islice(eval_batches(dataset, config), VERIFY_IMAGES)
+    agreement = verify.compare(content, loaded.model, config, batches, size)
+    agreement.check()
+    return asdict(agreement)
 
 
 def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def ps_roi_pool(
     table = _summed_areas(input, p, q)
     depth = channels // (p * q)
     step = max(1, CHUNK_ELEMENTS // max(1, 4 * p * q * depth))
-    pooled = [
-        (table[i] * w[..., None]).sum(1)  # (r, 4, P*Q, D) to (r, P*Q, D)
-        for i, w in zip(index.split(step), weight.split(step), strict=True)
-    ]
-    out = torch.cat(pooled).mT.reshape(len(rois), depth, p, q)
+    parts = [(index, weight)]
+    if not torch.compiler.is_compiling():  # a trace does not know how many there are
+        parts = list(zip(index.split(step), weight.split(step), strict=True))
+    pooled = [(table[i] * w[..., None]).sum(1) for i, w in parts]  # each (r, P*Q, D)
+    out = torch.cat(pooled).mT.reshape(rois.shape[0], depth, p, q)
     return torch.where(usable.view(-1, 1, 1, 1), out, torch.nan).to(input.dtype)
 
 

@@ -66,7 +66,7 @@ class RetinaBranch(nn.Module):
         for conv in self.convs:
             x = torch.relu(conv(x))
         out: Tensor = self.out(x).permute(0, 2, 3, 1)
-        return out.reshape(len(x), -1, self.numbers)
+        return out.reshape(x.shape[0], -1, self.numbers)
 
 
 class ClassBranch(RetinaBranch):
@@ -117,7 +117,7 @@ class RetinaHead(nn.Module):
             torch.cat([self.classes(x) for x in maps], 1),
             torch.cat([self.boxes(x) for x in maps], 1),
             torch.cat(anchors),
-            [len(a) for a in anchors],
+            [a.shape[0] for a in anchors],
         )
 
     def losses(self, output: RetinaOutput, truth: Sequence[Target]) -> dict[str, Tensor]:

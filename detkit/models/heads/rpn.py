@@ -62,7 +62,7 @@ class RpnHead(nn.Module):
             background, object_ = logits.unflatten(1, (-1, 2)).unbind(2)
             logits = object_ - background
         deltas = self.deltas(x).permute(0, 2, 3, 1)
-        return logits, deltas.reshape(len(x), -1, 4)
+        return logits, deltas.reshape(x.shape[0], -1, 4)
 
 
 class RPN(nn.Module):
@@ -100,7 +100,7 @@ class RPN(nn.Module):
             torch.cat(logits, 1),
             torch.cat(deltas, 1),
             torch.cat(anchors),
-            [len(a) for a in anchors],
+            [a.shape[0] for a in anchors],
         )
 
     def losses(
