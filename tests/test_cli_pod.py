@@ -176,8 +176,7 @@ def test_weights_of_a_backbone_are_cut_like_the_transfer(there: Path) -> None:
     cut, fresh = (checkpoints.load(f)["model"] for f in ("bb.pth", "none.pth"))
     rows = checkpoints.load("bb.pth")["scales"]["layers"]
     row = next(r for r in rows if r["upper"] and r["upper"]["kernel"] == [3, 3])
-    name = row["path"].removeprefix("backbone.")
-    upper = state[f"{name}.weight"][row["lower"]["channels"] :]
+    upper = state[f"{row['path']}.weight"][row["lower"]["channels"] :]
     assert torch.equal(cut[f"{row['path']}.weights.1"], upper)
     assert not torch.equal(fresh[f"{row['path']}.weights.1"], upper)
     assert torch.equal(cut["rpn.head.conv.weight"], fresh["rpn.head.conv.weight"])
