@@ -496,14 +496,14 @@ def detect_split(
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
-    loaded = load(checkpoint, device)
+    loaded = load(checkpoint, device, overrides)
     if loaded.kind == "backbone":
         raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}")
     if fold:
         loaded = replace(loaded, model=fold_norms(loaded.model))
-    config = configs.resolve(overrides, loaded.config)
+    config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
-    return _detect(loaded, dataset, config, on_image), dataset
+    return _detect(loaded, dataset, on_image), dataset
 
 
 def export(
@@ -597,7 +597,6 @@ def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
 def _detect(
     loaded: Loaded,
     dataset: Any,
-    config: Config,
     on_image: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
     """COCO results of a model on a data set whose categories may differ in ids and order."""
@@ -621,7 +620,11 @@ def _detect(
 
     device = next(loaded.model.parameters()).device
     results = detect_dataset(
-        loaded.model, eval_batches(dataset, config), loaded.categories, device, on_batch=count
+        loaded.model,
+        eval_batches(dataset, loaded.config),
+        loaded.categories,
+        device,
+        on_batch=count,
     )
     ids = {
         loaded.categories.category_id(k): theirs.ids[theirs.names.index(name)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from detkit import foreign
-from detkit.config import Config, from_plain
+from detkit.config import Config, from_plain, resolve
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine.checkpoint import Checkpoint
 from detkit.errors import CheckpointError, ConfigError
@@ -117,20 +117,33 @@ def fixed_layers(stored: Checkpoint | None) -> Layers | None:
     return layers
 
 
-def load(path: str | Path, device: str = "cpu") -> Loaded:
+def load(
+    path: str | Path, device: str = "cpu", overrides: Iterable[Mapping[str, Any]] = ()
+) -> Loaded:
     """Rebuild the model of a checkpoint with its deployed weights (EMA where there is one).
 
+    Args:
+        path: the checkpoint.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        overrides: layers of settings on top of the checkpoint's.
+
     Raises:
-        CheckpointError: the file is no detkit checkpoint, or its weights do not fit its own config.
+        CheckpointError: the file is no detkit checkpoint, or its weights do not fit the model.
+        ConfigError: an unknown setting or device.
     """
     stored = foreign.load(path)
     _tell_origin(stored, str(path))
-    return restore(stored, str(path), pick_device(device))
+    return restore(stored, str(path), pick_device(device), overrides)
 
 
-def restore(stored: Checkpoint, name: str, device: torch.device | str = "cpu") -> Loaded:
+def restore(
+    stored: Checkpoint,
+    name: str,
+    device: torch.device | str = "cpu",
+    overrides: Iterable[Mapping[str, Any]] = (),
+) -> Loaded:
     """The model of a checkpoint that was read from the file ``name``."""
-    config = from_plain(stored["config"])
+    config = resolve(overrides, from_plain(stored["config"]))
     categories = CategoryMap.from_plain(stored["categories"])
     kind, scales = stored["kind"], config.model.scales
     if kind in KINDS.values() and kind != KINDS[scales]:

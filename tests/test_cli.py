@@ -122,6 +122,9 @@ def test_road_trains_evaluates_and_scores_its_own_detections(
     )
     assert code == 0
     assert 0 <= voc["voc07"]["mAP"] <= 1
+    assert scores["detections"] > 4
+    code, few = call(capsys, "eval", "--data", "shapes", "--set", "box.max_detections=1")
+    assert (code, few["detections"]) == (0, 4)  # settings reach the model too
 
 
 def test_compare_takes_runs_checkpoints_and_results(
