@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +168,9 @@ def _evaluate(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     from detkit import api
+    from detkit.cli.progress import image_progress
 
-    with _progress() as show:
+    with image_progress() as show:
         return api.evaluate(
             checkpoint,
             data=path,
@@ -181,18 +180,6 @@ def _evaluate(
             on_image=show,
             **options,
         )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar of images on a terminal, as the function that moves it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _refuse_beside_compare(checkpoint: Path | None, options: dict[str, Any]) -> None:
@@ -218,9 +205,10 @@ def _compare(
         plan = {"compare": list(pair), **options, **_drawn(picture)}
         emit(common, {"dry_run": True, **plan}, lambda: click.echo(plan))
         return
+    from detkit.cli.progress import image_progress
     from detkit.comparison import compare
 
-    with _progress() as show:
+    with image_progress() as show:
         result = compare(*pair, overrides=overrides, device=common.device, on_image=show, **options)
     if picture is not None:
         named = zip(("A: ", "B: "), pair, (result["a"], result["b"]), strict=True)

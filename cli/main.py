@@ -19,12 +19,13 @@ from detkit.errors import DetkitError, StorageError
 COMMANDS = {
     "pretrain": "Train a backbone as a classifier.",
     "finetune": "Train a detector.",
+    "decompose": "Turn learnt scales into plain convolutions (POD).",
     "eval": "Score a detector, or a file of detections, by COCO or VOC metrics.",
     "export": "Write a detector as an ONNX file.",
     "models": "List backbones, detectors and recipes with parameters and MACs.",
     "data": "Check and make data sets.",
     "doctor": "Show what is installed and which operator runs where, and why.",
-    "demo": "Pre-train, fine-tune and evaluate on synthetic data, in minutes.",
+    "demo": "Pre-train, fine-tune, decompose and evaluate on synthetic data, in minutes.",
 }
 _FILES = {"eval": "evaluate"}
 _MEMORY_HINT = "try a smaller --batch-size or data.short_side, or more train.accumulate"

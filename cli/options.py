@@ -73,6 +73,14 @@ _COMMON = (
 _SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "--detector": ("model", "detector", {"help": "Detector; `detkit models` lists them."}),
     "--backbone": ("model", "backbone", {"help": "Backbone; `detkit models` lists them."}),
+    "--scales": (
+        "model",
+        "scales",
+        {
+            "type": click.Choice(["off", "learn"]),
+            "help": "learn: each 3x3 convolution of conv3 to conv5 learns a global scale (POD).",
+        },
+    ),
     "--data": ("data", "path", {"help": "Data set in any layout detkit reads, or `synthetic`."}),
     "--split": ("data", "split", {"help": "Split to train on."}),
     "--images": (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -41,6 +43,15 @@ class TrainProgress:
     def __call__(self, info: StepInfo) -> None:
         """Show one step; losses are those of the last logging step."""
         self._bar.update(self._task, completed=info.progress, text=_text(info))
+
+
+@contextmanager
+def image_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar of images on a terminal, as the function that moves it."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _quiet(level: int) -> None:

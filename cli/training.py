@@ -49,7 +49,7 @@ def run_training(
     api.check_metric(kind, config)
     _check_data(config, common)
     if common.dry_run:
-        show_plan(common, config, api.training_plan(kind, config))
+        show_plan(common, config, api.training_plan(kind, config, _source(init_from, resume)))
         return 0
     if gpus and gpus > 1 and "LOCAL_RANK" not in os.environ:
         return api.launch_processes(gpus)
@@ -57,6 +57,14 @@ def run_training(
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one reports
         emit(common, result, lambda: _show(result))
     return 0
+
+
+def _source(init_from: str | None, resume: str | None) -> str | None:
+    """The checkpoint a training would begin with."""
+    if resume in (None, "auto"):
+        return init_from
+    path = Path(str(resume))
+    return str(path / "last.pth" if path.is_dir() else path)
 
 
 def _is_bare(common: Common) -> bool:

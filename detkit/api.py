@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from detkit import config as configs
-from detkit import foreign
+from detkit import foreign, pod
 from detkit.config import Config, ModelConfig
 from detkit.data import (
     DetectionDataset,
@@ -42,9 +41,12 @@ from detkit.engine.run import RunFolder, create_run, newest_run, same_run
 from detkit.engine.summary import NUMBERS
 from detkit.engine.train import StepInfo, fit
 from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
-from detkit.models import build_classifier, build_detector
+from detkit.loading import KINDS, check_scales, fixed_layers, starting_model
+from detkit.loading import Loaded as Loaded
+from detkit.loading import build as build
+from detkit.loading import load as load
+from detkit.loading import pick_device as pick_device
 from detkit.models.count import count_classifier, count_detector
-from detkit.models.weights import init_backbone, init_detector
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
 from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
@@ -55,66 +57,8 @@ VOC_METRICS = ("voc07", "voc12")
 MASK_METRICS = tuple(f"segm_{name}" for name in NUMBERS)
 COCO_CLASSES = 80
 VERIFY_IMAGES = 20
-_SHAPE_TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask")
-_KINDS = {"pretrain": "backbone", "finetune": "detector"}
+_SHAPE_TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask", "scales")
 _METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS, *MASK_METRICS)}
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model rebuilt from one checkpoint file, in eval mode, with what it was built from."""
-
-    model: nn.Module
-    config: Config
-    categories: CategoryMap
-    kind: str
-
-
-def build(config: Config, categories: CategoryMap | int, kind: str = "detector") -> nn.Module:
-    """A freshly initialised detector, or classifier for ``kind="backbone"``.
-
-    Args:
-        config: the resolved settings.
-        categories: the category map, or the number of classes K.
-        kind: ``detector`` or ``backbone``.
-    """
-    count = categories if isinstance(categories, int) else len(categories)
-    return (build_classifier if kind == "backbone" else build_detector)(config, count)
-
-
-def load(path: str | Path, device: str = "cpu") -> Loaded:
-    """Rebuild the model of a checkpoint with its deployed weights (EMA where there is one).
-
-    Raises:
-        CheckpointError: the file is no detkit checkpoint, or its weights do not fit its own config.
-    """
-    stored = foreign.load(path)
-    _tell_origin(stored, path)
-    config = configs.from_plain(stored["config"])
-    categories = CategoryMap.from_plain(stored["categories"])
-    model = build(config, categories, stored["kind"])
-    checkpoints.load_weights(model, checkpoints.deployed(stored), str(path))
-    return Loaded(model.to(pick_device(device)).eval(), config, categories, stored["kind"])
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the process's own GPU where there is one, else the CPU.
-
-    Raises:
-        ConfigError: an unknown name, or a GPU that is not there.
-    """
-    if name == "auto":
-        index = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
-    kind, _, index_text = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (index_text.isdecimal() or name == kind):
-        raise ConfigError(f"--device: must be auto, cpu, cuda or cuda:<index>, got {name!r}")
-    count = torch.cuda.device_count()
-    if kind == "cuda" and int(index_text or 0) >= count:
-        raise ConfigError(
-            f"--device: {name} must be a GPU torch can use, got {count}; see `detkit doctor`"
-        )
-    return torch.device(name)
 
 
 # -- settings
@@ -159,6 +103,7 @@ def resolve_config(
     wanted = configs.resolve([*start, *layers]).model if start else None
     own = _own_settings(stored, wanted)
     config = configs.resolve([*start, own, *layers])
+    check_scales(own["model"].get("scales", "off"), config, str(init_from))
     for key in {"backbone", "detector"} & own["model"].keys():
         got, ours = getattr(config.model, key), own["model"][key]
         if got != ours:
@@ -205,7 +150,11 @@ def _own_settings(
         if "gn" in (norm, wanted.norm):  # batch norms, frozen or not, share their weights
             shape["norm"] = norm
         return {"model": shape, "data": pixels}
-    return {table: config[table] for table in _SHAPE_TABLES} | {"data": pixels}
+    tables = {table: config[table] for table in _SHAPE_TABLES if table in config}
+    if stored["kind"] == "detector":  # learners may be put into a plain net
+        tables["model"]["scales"] = wanted.scales
+        tables.pop("scales", None)
+    return tables | {"data": pixels}
 
 
 def newest_checkpoint(command: str, *, required: bool = True) -> str | None:
@@ -225,12 +174,19 @@ def newest_checkpoint(command: str, *, required: bool = True) -> str | None:
     return None
 
 
-def training_plan(command: str, config: Config) -> dict[str, Any]:
-    """What ``--dry-run`` tells: data set and model sizes, without training a step."""
+def training_plan(command: str, config: Config, source: str | Path | None = None) -> dict[str, Any]:
+    """What ``--dry-run`` tells: data set and model sizes, without training a step.
+
+    Args:
+        command: ``pretrain`` or ``finetune``.
+        config: the resolved settings.
+        source: checkpoint to start from or to continue.
+    """
+    stored = None if source is None else foreign.load(source)
     train_set = _open(command, config, config.data.split)
     val_set = _open(command, config, config.data.val_split)
     with torch.device("meta"):
-        model = build(config, train_set.categories, _KINDS[command])
+        model = build(config, train_set.categories, _kind(command, config), fixed_layers(stored))
     return {
         "command": command,
         "params": sum(p.numel() for p in model.parameters()),
@@ -311,34 +267,47 @@ def train(
         val_set = _open(command, config, config.data.val_split)
         _same_categories(train_set.categories, val_set.categories)
         _require_masks(val_set, config)
+        previous = _to_resume(command, config, out, resume)
+        resumed = None if previous is None else checkpoints.load(previous.last)
+        source = None if init_from is None else foreign.load(init_from)
         torch.manual_seed(config.train.seed)
-        model = build(config, train_set.categories, _KINDS[command])
+        kind = _kind(command, config)
+        layers = fixed_layers(resumed or source)
+        model = starting_model(
+            config,
+            train_set.categories,
+            kind,
+            layers=layers,
+            source=source,
+            name=str(init_from),
+            allow_partial=allow_partial,
+        )
         if config.model.norm == "frozen_bn" and not (init_from or resume):
             log.warning(
                 "model.norm=frozen_bn normalises nothing without --init-from; take bn or gn"
             )
-        if init_from is not None:
-            _initialise(model, init_from, train_set.categories, allow_partial)
-        run, resumed = _run_folder(command, config, out, resume)
+        run = _run_folder(command, config, out, previous)
         if distributed.is_main():
             with run.logging():  # so that log.txt lists them too
                 _tell_problems(train_set, config.data.split)
                 _tell_problems(val_set, config.data.val_split)
         share = {"rank": distributed.rank(), "world": distributed.world_size()}
-        result = fit(
-            model,
-            lambda step: train_batches(train_set, config, start_step=step, **share),
-            config,
-            steps_per_epoch=steps_per_epoch(train_set, config),
-            run=run,
-            kind=_KINDS[command],
-            categories=train_set.categories,
-            device=place,
-            evaluate=partial(_validate, command, val_set, config, place),
-            resume=resumed,
-            on_step=on_step,
-            provenance={"init_from": str(init_from)} if init_from else None,
-        )
+        with pod.collected(run, train_set, config, place):
+            result = fit(
+                model,
+                lambda step: train_batches(train_set, config, start_step=step, **share),
+                config,
+                steps_per_epoch=steps_per_epoch(train_set, config),
+                run=run,
+                kind=kind,
+                categories=train_set.categories,
+                device=place,
+                evaluate=partial(_validate, command, val_set, config, place),
+                resume=resumed,
+                on_step=pod.logged(model, run, config, on_step),
+                provenance={"init_from": str(init_from)} if init_from else None,
+                scales=_kept(resumed or source) if layers is not None else None,
+            )
     return {"run": str(run.path), "checkpoint": str(result.best), "metrics": result.metrics}
 
 
@@ -376,39 +345,25 @@ def _same_categories(ours: CategoryMap, theirs: CategoryMap) -> None:
         )
 
 
-def _initialise(
-    model: nn.Module, source: str | Path, categories: CategoryMap, allow_partial: bool
-) -> None:
-    stored = foreign.load(source)
-    _tell_origin(stored, source)
-    state, name = checkpoints.deployed(stored), str(source)
-    if stored["kind"] == "backbone":
-        report = init_backbone(model, state, name, allow_partial=allow_partial)
-    else:
-        theirs = CategoryMap.from_plain(stored["categories"])
-        report = init_detector(
-            model, state, name, theirs=theirs, ours=categories, allow_partial=allow_partial
-        )
-    log.info("%s: %s", source, report)
-
-
-def _tell_origin(stored: checkpoints.Checkpoint, path: str | Path) -> None:
-    if "torchvision" in stored["provenance"]:
-        log.info("%s: torchvision's %s", path, stored["provenance"]["torchvision"])
-
-
 def _run_folder(
-    command: str, config: Config, out: str | Path | None, resume: str | None
-) -> tuple[RunFolder, checkpoints.Checkpoint | None]:
-    """The run to write to, chosen by the first process, and the checkpoint to go on from."""
+    command: str, config: Config, out: str | Path | None, previous: RunFolder | None
+) -> RunFolder:
+    """The run to write to, made by the first process where none is continued."""
     found: str | None = None
     if distributed.is_main():
-        previous = _to_resume(command, config, out, resume)
         run = previous or create_run(command, _run_name(command, config), config, out=out)
         log.info("%s %s", "continuing" if previous else "run folder", run.path)
         found = str(run.path)
-    run = RunFolder(Path(str(distributed.broadcast(found))))
-    return run, checkpoints.load(run.last) if resume and run.last.is_file() else None
+    return RunFolder(Path(str(distributed.broadcast(found))))
+
+
+def _kept(stored: checkpoints.Checkpoint | None) -> dict[str, Any] | None:
+    """How the layers of a fast-deployment net are split, for the checkpoints of its training."""
+    return None if stored is None else stored["scales"]
+
+
+def _kind(command: str, config: Config) -> str:
+    return "backbone" if command == "pretrain" else KINDS[config.model.scales]
 
 
 def _run_name(command: str, config: Config) -> str:
@@ -419,14 +374,17 @@ def _run_name(command: str, config: Config) -> str:
 def _to_resume(
     command: str, config: Config, out: str | Path | None, resume: str | None
 ) -> RunFolder | None:
-    if resume is None:
-        return None
-    if resume != "auto":
-        return _resumable(resume)
-    if out is not None:
-        run = RunFolder(out)
-        return run if run.last.is_file() else None
-    return same_run(command, config)
+    """The run to go on from, chosen by the first process."""
+    found: RunFolder | None = None
+    if resume is not None and distributed.is_main():
+        if resume != "auto":
+            found = _resumable(resume)
+        elif out is not None:
+            found = RunFolder(out) if RunFolder(out).last.is_file() else None
+        else:
+            found = same_run(command, config)
+    path = distributed.broadcast(None if found is None else str(found.path))
+    return None if path is None else RunFolder(path)
 
 
 def _resumable(path: str) -> RunFolder:
@@ -442,8 +400,8 @@ def _validate(
     command: str, dataset: Any, config: Config, device: torch.device, model: nn.Module
 ) -> dict[str, float | None]:
     """Scalar metrics on the validation split; each process takes its share of the images."""
-    share = {"rank": distributed.rank(), "world": distributed.world_size()}
-    batches = eval_batches(dataset, config, **share)
+    rank, world = distributed.rank(), distributed.world_size()
+    batches = eval_batches(dataset, config, rank=rank, world=world)
     if command == "pretrain":
         own = len(dataset) > distributed.rank()  # with more processes than images some have none
         parts = [p for p in distributed.gather(top1(model, batches, device) if own else None) if p]
@@ -538,14 +496,14 @@ def detect_split(
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
-    loaded = load(checkpoint, device)
+    loaded = load(checkpoint, device, overrides)
     if loaded.kind == "backbone":
         raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}")
     if fold:
         loaded = replace(loaded, model=fold_norms(loaded.model))
-    config = configs.resolve(overrides, loaded.config)
+    config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
-    return _detect(loaded, dataset, config, on_image), dataset
+    return _detect(loaded, dataset, on_image), dataset
 
 
 def export(
@@ -639,7 +597,6 @@ def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
 def _detect(
     loaded: Loaded,
     dataset: Any,
-    config: Config,
     on_image: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
     """COCO results of a model on a data set whose categories may differ in ids and order."""
@@ -663,7 +620,11 @@ def _detect(
 
     device = next(loaded.model.parameters()).device
     results = detect_dataset(
-        loaded.model, eval_batches(dataset, config), loaded.categories, device, on_batch=count
+        loaded.model,
+        eval_batches(dataset, loaded.config),
+        loaded.categories,
+        device,
+        on_batch=count,
     )
     ids = {
         loaded.categories.category_id(k): theirs.ids[theirs.names.index(name)]
@@ -767,7 +728,8 @@ def demo(
     device: str = "auto",
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> dict[str, Any]:
-    """Pre-train, fine-tune and evaluate on synthetic shapes, and draw predictions beside the truth.
+    """All of the road on synthetic shapes: pre-train, fine-tune with learnt scales, decompose,
+    fine-tune the plain net, evaluate, draw predictions beside the truth.
 
     Args:
         layers: settings on top of the demo's recipes.
@@ -776,22 +738,26 @@ def demo(
         on_step: called after each training step.
 
     Returns:
-        ``{"pretrain", "finetune"}`` as :func:`train` gives them, ``"eval"`` as :func:`evaluate`
-        does, ``"picture"`` and
+        ``{"pretrain", "finetune", "fast"}`` as :func:`train` gives them, ``"decompose"`` as
+        :func:`detkit.pod.decompose` does, ``"eval"`` as :func:`evaluate` does, ``"picture"`` and
         ``"seconds"``.
     """
     begun = time.monotonic()
     layers = list(layers)
     folder = Path(out) if out else Path("runs/demo") / time.strftime("%Y%m%d-%H%M%S")
     result: dict[str, Any] = {}
-    for command in ("pretrain", "finetune"):
-        first = result.get("pretrain", {}).get("checkpoint")
-        recipe = f"demo/{command}"
-        config = resolve_config(command, layers, recipe=recipe, init_from=first)
-        result[command] = train(
-            command, config, out=folder / command, device=device, init_from=first, on_step=on_step
+    first: str | None = None
+    for part in ("pretrain", "finetune", "fast"):
+        command = "pretrain" if part == "pretrain" else "finetune"
+        if part == "fast":
+            result["decompose"] = pod.decompose(str(first), folder / "fd.pth")
+            first = result["decompose"]["output"]
+        config = resolve_config(command, layers, recipe=f"demo/{part}", init_from=first)
+        result[part] = train(
+            command, config, out=folder / part, device=device, init_from=first, on_step=on_step
         )
-    checkpoint = result["finetune"]["checkpoint"]
+        first = result[part]["checkpoint"]
+    checkpoint = result["fast"]["checkpoint"]
     detections = folder / "detections.json"
     result["eval"] = evaluate(checkpoint, device=device, save_detections=detections)
     result["picture"] = str(_draw(checkpoint, detections, folder / "predictions.png"))

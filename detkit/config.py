@@ -23,6 +23,7 @@ import tomli_w
 from detkit.errors import ConfigError
 
 NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
+SCALES = ("off", "learn", "split")
 
 _C4_RPN = {
     "softmax": True,
@@ -106,9 +107,13 @@ class ModelConfig:
     """Stages of the backbone that stay fixed: 0 none, 1 the stem (DetNet), 2 stem and conv2."""
     neck_channels: int = 256
     """Channels of every FPN level."""
+    scales: str = "off"
+    """Global scales (POD): off, learn (3x3 convolutions of conv3 to conv5 predict theirs), or
+    split, which is what `detkit decompose` makes of these and nobody sets."""
 
     def __post_init__(self) -> None:
         _one_of("model.norm", self.norm, NORMS)
+        _one_of("model.scales", self.scales, SCALES)
         _one_of("model.head_norm", self.head_norm, ("none", "bn", "sync_bn", "gn"))
         _require(self.norm_eps >= 0, "model.norm_eps", "zero or more", self.norm_eps)
         _require(0 <= self.frozen_stages <= 6, "model.frozen_stages", "in 0..6", self.frozen_stages)
@@ -355,6 +360,32 @@ class MaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScalesConfig:
+    """Learnt scales (model.scales = learn) and what is measured of them."""
+
+    map: str = "elu1"
+    """From the predictor's number to the scale: elu1, linear (may reach 0) or softplus."""
+    init: str = "zero"
+    """Start of the predictors: zero (every scale is 1) or he (the paper's)."""
+    group: str = "sample"
+    """Whom a scale of a RoI head is for: each RoI (sample) or all of an image."""
+    max: float = 32.0
+    """Largest scale in pixels; 0 for no limit."""
+    images: int = 500
+    """Training images that the scales are averaged over at the end of training."""
+    log_every: int = 50
+    """Steps between lines with the scales in metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        _one_of("scales.map", self.map, ("elu1", "linear", "softplus"))
+        _one_of("scales.init", self.init, ("zero", "he"))
+        _one_of("scales.group", self.group, ("sample", "image"))
+        _require(self.max >= 0, "scales.max", "zero or more", self.max)
+        for name in ("images", "log_every"):
+            _require(getattr(self, name) > 0, f"scales.{name}", "positive", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images, and how they reach the network."""
 
@@ -546,6 +577,7 @@ class Config:
     thin: ThinConfig = field(default_factory=ThinConfig)
     retina: RetinaConfig = field(default_factory=RetinaConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    scales: ScalesConfig = field(default_factory=ScalesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

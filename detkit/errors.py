@@ -53,6 +53,10 @@ class NonFiniteError(DetkitError):
     exit_code = 6
 
 
+class NonFiniteValueError(NonFiniteError, ValueError):
+    """A number given to an operator is not finite."""
+
+
 class StalledError(DetkitError):
     """No training step finished for ``train.stall_seconds``."""
 

@@ -122,6 +122,9 @@ def test_road_trains_evaluates_and_scores_its_own_detections(
     )
     assert code == 0
     assert 0 <= voc["voc07"]["mAP"] <= 1
+    assert scores["detections"] > 4
+    code, few = call(capsys, "eval", "--data", "shapes", "--set", "box.max_detections=1")
+    assert (code, few["detections"]) == (0, 4)  # settings reach the model too
 
 
 def test_compare_takes_runs_checkpoints_and_results(
@@ -304,6 +307,8 @@ def test_demo_ends_with_scores_and_a_picture(
     code, result = call(capsys, "demo", "--steps", "2", "--set", "data.workers=0")
     assert code == 0
     assert set(result["eval"]["bbox"]) == BOX_NUMBERS
+    assert result["fast"]["metrics"]["AP"] == pytest.approx(result["eval"]["bbox"]["AP"])
+    assert len(result["decompose"]["layers"]) == 12
     assert Path(result["picture"]).stat().st_size > 10_000
 
 

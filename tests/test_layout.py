@@ -34,6 +34,8 @@ ALLOWED = {
     "report": METHODS | DATA | ENGINE | {"deploy", "report"},
 }
 ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
+ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading"}
+ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}

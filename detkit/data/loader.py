@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,14 +72,21 @@ def train_batches(
 
 
 def eval_batches(
-    dataset: AnyDataset, config: Config, *, batch_size: int = 1, rank: int = 0, world: int = 1
+    dataset: AnyDataset,
+    config: Config,
+    *,
+    batch_size: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    images: Sequence[int] | None = None,
 ) -> Iterator[Any]:
-    """Every image once, in order, without augmentation; rank r of w takes r, r + w, r + 2w, ...
+    """Every image, or ``images`` by index, once, in order, without augmentation; rank r of w takes
+    r, r + w, r + 2w, ...
 
     A file that turns out damaged is left out, logged and noted in ``dataset`` (``on_bad_image``
     ``fail``: DataError). Detection batches carry no targets; the truth is ``dataset.truth()``.
     """
-    indices = range(rank, len(dataset), world)
+    indices = (range(len(dataset)) if images is None else images)[rank::world]
     keys = [
         [Key(i, 0, config.data.short_side) for i in indices[k : k + batch_size]]
         for k in range(0, len(indices), batch_size)

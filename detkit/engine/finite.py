@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from detkit.engine.step import StepResult
+from detkit.engine.step import Part, StepResult
+from detkit.errors import NonFiniteError
 
 
 class Report(NamedTuple):
@@ -36,6 +39,19 @@ class Outcome:
         norm = float(self.result.grad_norm)
         text = ", ".join(bad) or f"a gradient norm of {norm} with finite losses"
         return Report(self.step, text, bool(bad), self.files)
+
+
+@contextmanager
+def named(step: int, parts: Sequence[Part]) -> Iterator[None]:
+    """Name step and images where an operator refuses a number that is not finite."""
+    try:
+        yield
+    except NonFiniteError as error:
+        files = ", ".join(name for part in parts for name in part.files) or "unnamed"
+        raise NonFiniteError(
+            f"training step {step}: {error}; nothing of this step is saved, look at its images: "
+            f"{files}"
+        ) from error
 
 
 class FiniteFlags:

@@ -29,7 +29,7 @@ from detkit.config import Config, to_plain
 from detkit.engine import checkpoint, distributed
 from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.ema import Ema
-from detkit.engine.finite import FiniteFlags, Outcome
+from detkit.engine.finite import FiniteFlags, Outcome, named
 from detkit.engine.inference import inference
 from detkit.engine.memory import explained
 from detkit.engine.optimizer import base_lr, build_optimizer, set_factor
@@ -90,6 +90,7 @@ def fit(
     resume: Checkpoint | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    scales: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train ``model`` for the length the config gives and keep its checkpoints in ``run``.
 
@@ -113,6 +114,7 @@ def fit(
         resume: A checkpoint of this run to go on from.
         on_step: Called after each step on rank 0.
         provenance: Where the weights came from, stored beside the versions.
+        scales: Kept in every checkpoint: how the layers of a fast-deployment net are split.
 
     Raises:
         TrainingInterrupted: SIGTERM or SIGINT; ``last.pth`` is saved.
@@ -137,7 +139,12 @@ def fit(
             config,
             length(train, steps_per_epoch),
             run,
-            {"kind": kind, "categories": categories.to_plain(), "provenance": _origin(provenance)},
+            {
+                "kind": kind,
+                "categories": categories.to_plain(),
+                "provenance": _origin(provenance),
+                **({} if scales is None else {"scales": scales}),
+            },
             torch.device(device),
             stack.enter_context(StopSignals()),
             stack.enter_context(Watchdog(train.stall_seconds)),
@@ -223,7 +230,8 @@ class _Fitting:
         lr = set_factor(self.optimizer, self.lr, factor(self.config.optim, done, state.step))
         parts = self._fetch(iterator)
         images = int(distributed.gather_numbers([sum(len(p.images) for p in parts)]).sum())
-        with explained(f"training step {state.step + 1}", parts, training=True):
+        step = state.step + 1
+        with named(step, parts), explained(f"training step {step}", parts, training=True):
             result = train_step(
                 self.parallel,
                 parts,

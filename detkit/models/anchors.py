@@ -125,4 +125,4 @@ class AnchorGrid:
         x = torch.arange(shape[1], dtype=torch.float32, device=device) * steps[1]
         y, x = torch.meshgrid(y, x, indexing="ij")
         centre = torch.stack([x, y, x, y], -1)  # (H, W, 4)
-        return (centre[:, :, None, :] + cell.to(device)).reshape(-1, 4)
+        return (centre[:, :, None, :] + cell.to(device, non_blocking=True)).reshape(-1, 4)

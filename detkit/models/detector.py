@@ -58,8 +58,8 @@ class TwoStageDetector(nn.Module):
             DataError: A label is outside 1..num_classes, or a mask is missing.
             ValueError: Not one target per image.
         """
-        check_targets(batch, self.num_classes)
         features = self.features(batch.images)
+        check_targets(batch, self.num_classes)  # waits for the device, which now has work
         output = self.rpn(features, image_size(batch.images))
         config: RpnConfig = self.rpn.config
         proposals = self.rpn.proposals(
@@ -146,8 +146,8 @@ class OneStageDetector(nn.Module):
             DataError: A label is outside 1..num_classes.
             ValueError: Not one target per image.
         """
-        check_targets(batch, self.num_classes)
         output = self.head(self.features(batch.images), image_size(batch.images))
+        check_targets(batch, self.num_classes)  # waits for the device, which now has work
         return self.head.losses(output, batch.targets)
 
     @torch.no_grad()
@@ -219,8 +219,11 @@ def check_targets(batch: Batch, num_classes: int) -> None:
             f"batch: one target per image ({len(batch.images)}), got {len(batch.targets)}"
         )
     labels = torch.cat([t.labels for t in batch.targets])
-    if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
+    if not len(labels):
+        return
+    low, high = torch.stack(labels.aminmax()).tolist()
+    if not 1 <= low <= high <= num_classes:
         raise DataError(
-            f"labels: must be in 1..{num_classes}, got {int(labels.min())}..{int(labels.max())} "
+            f"labels: must be in 1..{num_classes}, got {low}..{high} "
             f"in {', '.join(batch.files) or 'this batch'}"
         )

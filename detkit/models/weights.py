@@ -1,8 +1,8 @@
 """Starting weights from a checkpoint: a backbone's fill the backbone, a detector's all of the net.
 
 Layers shaped by the classes keep the rows of every category whose name both sides know; the other
-rows stay freshly
-initialised. Any other missing or left-over weight is refused, never skipped in silence.
+rows stay freshly initialised. Any other missing or left-over weight is refused, never skipped in
+silence.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _backbone_layers(model: nn.Module) -> list[tuple[str, str]]:
 def _class_layers(model: nn.Module) -> dict[str, ClassRows]:
     """Rows of each class-shaped layer, by its path."""
     return {
-        f"{path}.{child}" if path else child: ClassRows(*rows)
+        f"{path}.{child}" if path else child: rows
         for path, module in model.named_modules()
         for child, rows in getattr(module, "class_rows", {}).items()
     }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detkit.errors import NonFiniteValueError
 from detkit.ops import _conv_rules as rules
 from detkit.ops._library import BUILD_INFO, use_native
 from detkit.ops.reference import conv as reference
@@ -96,7 +97,7 @@ def _require_finite(scales: Tensor, native: bool) -> None:
     elif not scales.isfinite().all():
         sample = int((~scales.isfinite()).any(1).nonzero()[0])
         got = f"{scales[sample].tolist()} of sample {sample}"
-        raise ValueError(f"{_OP}: scales must be finite, got {got}")
+        raise NonFiniteValueError(f"{_OP}: scales must be finite, got {got}")
 
 
 def _fake(

@@ -33,11 +33,11 @@ _INK, _GRID, _QUIET = "#222222", "#dddddd", "#666666"
 _TICKS = (0, 0.25, 0.5, 0.75, 1)
 
 
-def require_matplotlib() -> None:
-    """Refuse, before any work, to draw without matplotlib; raises ConfigError."""
+def require_matplotlib(option: str = "--picture") -> None:
+    """Refuse ``option``, before any work, without matplotlib; raises ConfigError."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
-            "--picture: matplotlib must be installed, got none; run `pip install detkit[plots]`"
+            f"{option}: matplotlib must be installed, got none; run `pip install detkit[plots]`"
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from detkit.models.weights import ClassRows
+
 
 class TailPredictor(nn.Module):
     """Last stages of a backbone, global average, then class logits and box deltas.
@@ -24,8 +26,9 @@ class TailPredictor(nn.Module):
         self, tail: Mapping[str, nn.Module], channels: int, num_classes: int, class_agnostic: bool
     ) -> None:
         super().__init__()
-        # layers shaped by the classes: rows before the first class, rows per class
-        self.class_rows = {"classes": (1, 1)} | ({} if class_agnostic else {"boxes": (0, 4)})
+        self.class_rows = {"classes": ClassRows(1, 1)}
+        if not class_agnostic:
+            self.class_rows["boxes"] = ClassRows(0, 4)
         self.backbone_layers = tuple(tail)
         for name, stage in tail.items():
             self.add_module(name, stage)

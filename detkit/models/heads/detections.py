@@ -9,6 +9,9 @@ from detkit.config import BoxConfig
 from detkit.ops import batched_nms
 from detkit.types import Detections
 
+_PER_DETECTION = 16
+"""Candidates for each detection wanted that suppression looks at first."""
+
 
 def best_detections(
     boxes: Tensor, labels: Tensor, scores: Tensor, image: Tensor, sizes: Tensor, config: BoxConfig
@@ -23,12 +26,33 @@ def best_detections(
         sizes: (N, 2) height and width before padding.
         config: Smallest side, suppression and limit.
     """
-    boxes = torch.minimum(boxes.clamp(min=0), sizes.to(boxes)[image][:, [1, 0, 1, 0]])
+    boxes = torch.minimum(
+        boxes.clamp(min=0), sizes.to(boxes, non_blocking=True)[image][:, [1, 0, 1, 0]]
+    )
     sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
     kept = ((sides > 0) | config.keep_empty) & (sides >= config.min_size)
-    candidates = kept.nonzero().flatten()
-    group = (image * (labels.amax() + 1 if len(labels) else 1) + labels)[candidates]
-    best = batched_nms(boxes[candidates], scores[candidates], group, config.nms_iou)
-    best = candidates[best]
-    each = [best[image[best] == i][: config.max_detections] for i in range(len(sizes))]
+    each = [
+        _survivors(((image == i) & kept).nonzero().flatten(), boxes, labels, scores, config)
+        for i in range(len(sizes))
+    ]
     return [Detections(boxes=boxes[i], labels=labels[i], scores=scores[i]) for i in each]
+
+
+def _survivors(
+    candidates: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, config: BoxConfig
+) -> Tensor:
+    """The ``candidates`` (C,) of one image that suppression leaves, best first, up to the limit.
+
+    Only better-scored boxes suppress a box, so the first ones settle it where enough of them
+    survive. A threshold of 0 passes every class of every RoI, and the pairs of all those would fill
+    a GPU's memory.
+    """
+    ranked = candidates[scores[candidates].argsort(descending=True, stable=True)]
+    limit = config.max_detections
+    count = _PER_DETECTION * limit
+    while True:
+        first = ranked[:count]
+        best = batched_nms(boxes[first], scores[first], labels[first], config.nms_iou)
+        if len(best) >= limit or count >= len(ranked):
+            return first[best[:limit]]
+        count *= 2

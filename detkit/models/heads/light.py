@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from detkit.models.norm import normalise_rows, rows_norm
+from detkit.models.weights import ClassRows
 
 
 class LightPredictor(nn.Module):
@@ -25,8 +26,9 @@ class LightPredictor(nn.Module):
         self, cin: int, channels: int, num_classes: int, class_agnostic: bool, norm: str = "none"
     ) -> None:
         super().__init__()
-        # layers shaped by the classes: rows before the first class, rows per class
-        self.class_rows = {"classes": (1, 1)} | ({} if class_agnostic else {"boxes": (0, 4)})
+        self.class_rows = {"classes": ClassRows(1, 1)}
+        if not class_agnostic:
+            self.class_rows["boxes"] = ClassRows(0, 4)
         self.fc = nn.Linear(cin, channels) if channels else None
         self.norm = rows_norm(norm)(channels) if channels else nn.Identity()
         width = channels or cin

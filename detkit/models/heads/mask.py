@@ -193,7 +193,7 @@ def paste_masks(
         rows, columns = _centres_within(y1, y2, height), _centres_within(x1, x2, width)
         if not (rows and columns):
             continue
-        y, x = _across(rows, y1, y2).to(cells), _across(columns, x1, x2).to(cells)
+        y, x = _across(rows, y1, y2, cells), _across(columns, x1, x2, cells)
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], -1)
         values = F.grid_sample(
             cells[None, None], grid[None], padding_mode="border", align_corners=False
@@ -209,7 +209,7 @@ def _centres_within(low: float, high: float, limit: int) -> range:
     return range(max(0, math.ceil(low - 0.5)), min(limit, math.ceil(high - 0.5)))
 
 
-def _across(pixels: range, low: float, high: float) -> Tensor:
+def _across(pixels: range, low: float, high: float, like: Tensor) -> Tensor:
     """Where the centres of pixels lie in a box, from -1 at ``low`` to 1 at ``high``."""
-    centres = torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5
-    return (centres - low) / (high - low) * 2 - 1
+    centres = torch.arange(pixels.start, pixels.stop, dtype=torch.float64, device=like.device) + 0.5
+    return ((centres - low) / (high - low) * 2 - 1).to(like.dtype)

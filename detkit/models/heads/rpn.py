@@ -164,7 +164,7 @@ class RPN(nn.Module):
         n, k = picked.shape
         deltas = output.deltas.detach().gather(1, picked[..., None].expand(n, k, 4))
         boxes = box_ops.decode(deltas.flatten(0, 1), output.anchors[picked.flatten()]).view(n, k, 4)
-        limits = sizes.to(boxes)[:, None, [1, 0, 1, 0]]  # (N, 1, 4)
+        limits = sizes.to(boxes, non_blocking=True)[:, None, [1, 0, 1, 0]]  # (N, 1, 4)
         boxes = torch.minimum(boxes.clamp(min=0), limits).flatten(0, 1)
         image = torch.arange(n, device=boxes.device).repeat_interleave(k)
         group = image * len(output.counts) + level.repeat(n)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from detkit.models.necks.fpn import FPN
 from detkit.models.necks.large_separable import LargeSeparableConv, init_small
 from detkit.models.norm import norm_named
+from detkit.models.weights import ClassRows
 from detkit.types import FeatureSpec
 
 
@@ -67,9 +68,9 @@ class ScoreMaps(nn.Module):
         super().__init__()
         cells, boxes = bins**2, 4 if class_agnostic else 4 * num_classes
         self.channels = cells * (num_classes + 1 + boxes)
-        # layers shaped by the classes: rows before the first class, rows per class
-        self.class_rows = {"classes": (cells, cells)}
-        self.class_rows |= {} if class_agnostic else {"boxes": (0, 4 * cells)}
+        self.class_rows = {"classes": ClassRows(cells, cells)}
+        if not class_agnostic:
+            self.class_rows["boxes"] = ClassRows(0, 4 * cells)
         self.first = FirstConv(cin, mid, lr_factor, norm)
         self.classes = nn.Conv2d(mid, cells * (num_classes + 1), 1)
         self.boxes = nn.Conv2d(mid, cells * boxes, 1)
