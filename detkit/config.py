@@ -207,6 +207,8 @@ class RpnConfig:
             "post_nms_test",
         ):
             _require(getattr(self, name) > 0, f"rpn.{name}", "positive", getattr(self, name))
+        for name in ("channels", "smooth_l1_beta", "min_size"):
+            _require(getattr(self, name) >= 0, f"rpn.{name}", "zero or more", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +266,16 @@ class BoxConfig:
         _one_of("box.ps_pool", self.ps_pool, ("max", "avg", "cells"))
         _one_of("box.ohem_scope", self.ohem_scope, ("image", "batch"))
         _require(self.ps_offset in (0, 0.5), "box.ps_offset", "0 or 0.5", self.ps_offset)
-        for name in ("channels", "ohem", "regression_weight", "min_size"):
+        for name in (
+            "sampling_ratio",
+            "channels",
+            "ohem",
+            "smooth_l1_beta",
+            "regression_weight",
+            "min_size",
+        ):
             _require(getattr(self, name) >= 0, f"box.{name}", "zero or more", getattr(self, name))
+        _require(self.canonical_size > 0, "box.canonical_size", "positive", self.canonical_size)
         _require(self.roi_max_level in (5, 6), "box.roi_max_level", "5 or 6", self.roi_max_level)
         _require(len(self.weights) == 4, "box.weights", "four numbers", self.weights)
         for name in ("positive_fraction", "fg_iou", "score_threshold", "nms_iou"):
@@ -356,6 +366,9 @@ class MaskConfig:
     def __post_init__(self) -> None:
         for name in ("resolution", "convs", "channels"):
             _require(getattr(self, name) > 0, f"mask.{name}", "positive", getattr(self, name))
+        _require(
+            self.sampling_ratio >= 0, "mask.sampling_ratio", "zero or more", self.sampling_ratio
+        )
         _require(0 < self.threshold < 1, "mask.threshold", "between 0 and 1", self.threshold)
 
 
@@ -449,8 +462,9 @@ class DataConfig:
             self.mean,
         )
         _require(all(s > 0 for s in self.std), "data.std", "positive", self.std)
+        _require(self.short_side > 0, "data.short_side", "positive", self.short_side)
         _require(
-            self.long_side >= self.short_side > 0,
+            self.long_side >= self.short_side,
             "data.long_side",
             "at least data.short_side",
             self.long_side,
