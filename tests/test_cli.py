@@ -307,6 +307,8 @@ def test_demo_ends_with_scores_and_a_picture(
     code, result = call(capsys, "demo", "--steps", "2", "--set", "data.workers=0")
     assert code == 0
     assert set(result["eval"]["bbox"]) == BOX_NUMBERS
+    assert result["fast"]["metrics"]["AP"] == pytest.approx(result["eval"]["bbox"]["AP"])
+    assert len(result["decompose"]["layers"]) == 12
     assert Path(result["picture"]).stat().st_size > 10_000
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ import torch
 from torch import nn
 
 from detkit import api, pod
+from detkit.cli.decompose import command
 from detkit.cli.main import run
-from detkit.config import resolve, to_plain
+from detkit.config import ScalesConfig, resolve, to_plain
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine.train import StepInfo
 from detkit.errors import NonFiniteError, TrainingInterrupted
@@ -354,6 +358,33 @@ def _halves(learner: GlobalScaleConv2d) -> list[dict[str, Any]]:
         {"kernel": [3, 3], "dilation": [d, d], "padding": [d, d], "channels": c}
         for d, c in ((1, half), (2, learner.out_channels - half))
     ]
+
+
+@pytest.mark.slow
+def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "pod.md").read_text()
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for kind, block in blocks if kind == "sh" for line in block.splitlines()]
+    assert len(lines) > 5
+    for line in lines:
+        arguments = shlex.split(line)[1:]
+        if arguments[0] == "finetune" and "--collect-scales" not in arguments:
+            arguments += ["--steps", "1", *SMALL]  # length and size are the only things changed
+        assert run(arguments) == 0, line
+    for kind, block in blocks:
+        if kind == "python":
+            exec(block, {})
+
+
+def test_the_guide_lists_every_setting_and_option() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "pod.md").read_text()
+    listed = re.findall(r"^\| `scales\.(\w+)` \| (\S+) \|", text, re.MULTILINE)
+    defaults = {k: str(v).removesuffix(".0") for k, v in asdict(ScalesConfig()).items()}
+    assert {key: value.strip("`") for key, value in listed} == defaults
+    options = {o.name for o in command.params if o.name in asdict(pod.Decomposition())} - {"seed"}
+    rows = re.findall(r"^\| `--([\w-]+)` \|", text, re.MULTILINE)
+    assert {row.replace("-", "_") for row in rows} == options | {"plot"}
 
 
 def test_the_plot_shows_every_layer(there: Path) -> None:

@@ -49,7 +49,13 @@ def draw_scales(nets: Mapping[str, Sequence[Record]]) -> Figure:
         _draw_panel(panel, layers)
         panel.set_title(name, fontsize=11, color=_INK)
     panels[-1].set_xlabel("layer; grey: stride 2", fontsize=10, color=_INK)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=10,
+    )
     return figure
 
 
@@ -68,7 +74,8 @@ def _draw_panel(panel: Axes, layers: Sequence[Record]) -> None:
         panel.plot(places, means, color=color, marker=marker, ls=dashes, label=name)
     panel.set_xticks(list(places), [layer["label"] for layer in layers], rotation=60)
     panel.set_ylabel("scale in pixels", fontsize=10, color=_INK)
-    panel.set_ylim(bottom=0)
+    largest = max(value for layer in layers for value in layer["mean"])
+    panel.set_ylim(0, max(1.5, 1.15 * largest))  # scales of 1 do not draw on the frame
     panel.grid(axis="y", color=_GRID, linewidth=0.8)
     panel.tick_params(colors=_QUIET, labelsize=9)
     for side, spine in panel.spines.items():
