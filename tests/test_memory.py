@@ -158,7 +158,8 @@ def test_message_names_the_largest_part_its_boxes_and_the_settings() -> None:
     assert str(caught.value) == (
         "training step 4: must fit into memory, got 2 images of 96x128 pixels at once with "
         "10 boxes, 7 of them in one image; lower --batch-size, data.short_side or "
-        "box.batch_per_image, raise train.accumulate, or set train.amp=bf16 "
+        "the RoIs of two stages (box.batch_per_image, with box.ohem rpn.post_nms_train), "
+        "raise train.accumulate, or set train.amp=bf16 "
         "(CUDA out of memory. Tried to allocate 2.00 GiB)"
     )
     assert caught.value.exit_code == 2
