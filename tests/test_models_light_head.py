@@ -46,7 +46,7 @@ def config(detector: str, backbone: str = "detnet59-tiny", **tables: dict[str, A
             "detector": detector,
             "backbone": backbone,
             "norm": norm,
-            "neck_channels": 16,
+            **({"neck_channels": 16} if detector.endswith("fpn") else {}),
         },
         "anchors": {"sizes": sizes},
         "rpn": {
