@@ -58,7 +58,7 @@ from detkit.models import build_detector
 
 small = {
     "model": {"detector": sys.argv[1], "backbone": "resnet50-tiny", "norm": "bn"},
-    "box": {"channels": 0 if sys.argv[1] == "rfcn" else 64},
+    **({"box": {"channels": 64}} if sys.argv[1] == "frcnn-fpn" else {}),
 }
 model = build_detector(resolve([small]), 1)
 
