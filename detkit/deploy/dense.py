@@ -269,7 +269,10 @@ def _filled(boxes: Tensor, labels: Tensor, scores: Tensor) -> Found:
 
 def _check_two_stage(detector: TwoStageDetector) -> None:
     if detector.mask_head is not None:
-        raise ConfigError("export: must be a detector without a mask head, got one with masks")
+        raise ConfigError(
+            "model.detector: must be one that gives boxes alone to export, got maskrcnn-fpn; "
+            "its masks are as large as each image"
+        )
     pool = detector.head.pooler.pool
     if isinstance(pool, PsAlign) and pool.sampling_ratio <= 0:
         raise ConfigError(

@@ -217,7 +217,7 @@ def _pool(flat: Tensor, base: Tensor, rows: _Axis, columns: _Axis, maximum: bool
         (R, D, P, Q).
     """
     boxes, depth = rows.start.shape[0], flat.shape[1]
-    if boxes == 0 or flat.numel() == 0:  # no sample exists, and there is nothing to index
+    if _known_zero(boxes) or flat.numel() == 0:  # no sample exists, and there is nothing to index
         zeros = flat.new_zeros(boxes, depth, rows.bins, columns.bins)
         return zeros + flat.sum()  # keeps the graph
     parts = _chunks(rows, columns, depth)
@@ -225,6 +225,15 @@ def _pool(flat: Tensor, base: Tensor, rows: _Axis, columns: _Axis, maximum: bool
         return _pool_chunk(flat, base, rows, columns, maximum)
     pooled = [_pool_chunk(flat, base[i], rows.take(i), columns.take(i), maximum) for i in parts]
     return torch.cat(pooled)[torch.cat(parts).argsort()]
+
+
+def _known_zero(count: int) -> bool:
+    """Whether it is 0; a trace goes on as for more where it cannot know."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes long to import
+
+        return guard_or_false(count == 0)
+    return count == 0
 
 
 def _chunks(rows: _Axis, columns: _Axis, depth: int) -> list[Tensor]:
