@@ -38,7 +38,8 @@ def run_training(
     """Resolve the settings, train, and show where the results are; returns the exit code."""
     from detkit import api  # loads torch, which --help must not
 
-    if kind == "finetune" and init_from is None and _is_bare(common):
+    starts = resume in (None, "auto")
+    if kind == "finetune" and starts and init_from is None and _is_bare(common):
         init_from = api.newest_checkpoint("pretrain", required=False)
         found = f"starting from {init_from}" if init_from else "no pretrain run: from scratch"
         click.echo(found, err=True)

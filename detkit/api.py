@@ -98,6 +98,8 @@ def resolve_config(
         name = recipe or _default_recipe(command, layers)
         log.info("recipe %s", name)
         start.append(configs.read_toml(configs.recipe_path(name)))
+        if command == "finetune":
+            _tell_other_detector(name, start[0], layers)
     if stored is None:
         return configs.resolve([*start, *layers])
     wanted = configs.resolve([*start, *layers]).model if start else None
@@ -111,6 +113,21 @@ def resolve_config(
                 f"{init_from}: model.{key} must agree with the checkpoint's {ours!r}, got {got!r}"
             )
     return config
+
+
+def _tell_other_detector(
+    name: str, recipe: Mapping[str, Any], layers: Iterable[Mapping[str, Any]]
+) -> None:
+    """Say so where the settings of a recipe go to another detector than it was written for."""
+    theirs, ours = (configs.named_detector(found) for found in ([recipe], [recipe, *layers]))
+    if ours != theirs and ours in DETECTORS:
+        log.warning(
+            "recipe %s is of %s, and its settings go to %s; `--recipe tiny/%s` is of that detector",
+            name,
+            theirs,
+            ours,
+            ours,
+        )
 
 
 def _default_recipe(command: str, layers: Iterable[Mapping[str, Any]]) -> str:

@@ -68,6 +68,25 @@ DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 """What a detector's paper fixes where that differs from the defaults below; every recipe and
 setting comes on top."""
 
+_ONE_LEVEL = ("model.neck_channels", "box.roi_max_level", "box.canonical_size")
+_PS_POOL = ("box.ps_pool", "box.ps_offset")
+_ROIS = (
+    *("box.resolution", "box.sampling_ratio", "box.aligned", "box.roi_max_level"),
+    *("box.canonical_size", "box.channels", "box.batch_per_image", "box.ohem", "box.ohem_scope"),
+    *("box.positive_fraction", "box.fg_iou", "box.smooth_l1_beta", "box.class_agnostic"),
+)
+UNUSED: dict[str, tuple[str, ...]] = {
+    "frcnn-c4": (*_ONE_LEVEL, *_PS_POOL, "thin", "retina", "mask"),
+    "frcnn-fpn": (*_PS_POOL, "thin", "retina", "mask"),
+    "maskrcnn-fpn": (*_PS_POOL, "thin", "retina"),
+    "retinanet": ("rpn", *_ROIS, *_PS_POOL, "thin", "mask"),
+    "rfcn": (*_ONE_LEVEL, "box.aligned", "thin.channels", "retina", "mask"),
+    "rfcn-thin": (*_ONE_LEVEL, "box.aligned", "retina", "mask"),
+    "light-head": (*_ONE_LEVEL, "box.aligned", "retina", "mask"),
+    "light-head-fpn": ("box.aligned", "retina", "mask"),
+}
+"""Tables and settings that a detector has no part for; changing them is refused."""
+
 
 def _require(condition: bool, key: str, must: str, value: object) -> None:
     if not condition:
@@ -193,6 +212,8 @@ class RpnConfig:
     def __post_init__(self) -> None:
         for name in ("positive_fraction", "fg_iou", "bg_iou", "nms_iou"):
             _require(0 <= getattr(self, name) <= 1, f"rpn.{name}", "in 0..1", getattr(self, name))
+        for name in ("channels", "smooth_l1_beta", "min_size"):
+            _require(getattr(self, name) >= 0, f"rpn.{name}", "zero or more", getattr(self, name))
         _require(
             self.bg_iou <= self.fg_iou,
             "rpn.bg_iou",
@@ -264,10 +285,23 @@ class BoxConfig:
         _one_of("box.ps_pool", self.ps_pool, ("max", "avg", "cells"))
         _one_of("box.ohem_scope", self.ohem_scope, ("image", "batch"))
         _require(self.ps_offset in (0, 0.5), "box.ps_offset", "0 or 0.5", self.ps_offset)
-        for name in ("channels", "ohem", "regression_weight", "min_size"):
+        for name in (
+            "sampling_ratio",
+            "channels",
+            "ohem",
+            "smooth_l1_beta",
+            "regression_weight",
+            "min_size",
+        ):
             _require(getattr(self, name) >= 0, f"box.{name}", "zero or more", getattr(self, name))
+        _require(self.canonical_size > 0, "box.canonical_size", "positive", self.canonical_size)
         _require(self.roi_max_level in (5, 6), "box.roi_max_level", "5 or 6", self.roi_max_level)
-        _require(len(self.weights) == 4, "box.weights", "four numbers", self.weights)
+        _require(
+            len(self.weights) == 4 and min(self.weights) > 0,
+            "box.weights",
+            "four positive numbers",
+            self.weights,
+        )
         for name in ("positive_fraction", "fg_iou", "score_threshold", "nms_iou"):
             _require(0 <= getattr(self, name) <= 1, f"box.{name}", "in 0..1", getattr(self, name))
         for name in ("resolution", "batch_per_image", "max_detections"):
@@ -356,6 +390,9 @@ class MaskConfig:
     def __post_init__(self) -> None:
         for name in ("resolution", "convs", "channels"):
             _require(getattr(self, name) > 0, f"mask.{name}", "positive", getattr(self, name))
+        _require(
+            self.sampling_ratio >= 0, "mask.sampling_ratio", "zero or more", self.sampling_ratio
+        )
         _require(0 < self.threshold < 1, "mask.threshold", "between 0 and 1", self.threshold)
 
 
@@ -449,8 +486,9 @@ class DataConfig:
             self.mean,
         )
         _require(all(s > 0 for s in self.std), "data.std", "positive", self.std)
+        _require(self.short_side > 0, "data.short_side", "positive", self.short_side)
         _require(
-            self.long_side >= self.short_side > 0,
+            self.long_side >= self.short_side,
             "data.long_side",
             "at least data.short_side",
             self.long_side,
@@ -689,12 +727,36 @@ def resolve(
 
     Without ``base`` they stand on what the paper of the chosen detector fixes
     (``DETECTOR_DEFAULTS``).
+
+    Raises:
+        ConfigError: an unknown key, an unusable value, or one that the detector would ignore.
     """
     layers = list(layers)
-    config = base or from_plain(DETECTOR_DEFAULTS.get(named_detector(layers), {}))
+    start = base or from_plain(DETECTOR_DEFAULTS.get(named_detector(layers), {}))
+    config = start
     for layer in layers:
         config = from_plain(layer, config)
+    _refuse_unused(to_plain(start), to_plain(config))
     return config
+
+
+def _refuse_unused(start: dict[str, dict[str, Any]], config: dict[str, dict[str, Any]]) -> None:
+    """Refuse settings that were changed from ``start`` though the detector has no use for them."""
+    detector = config["model"]["detector"]
+    unused = UNUSED.get(detector, ())
+    changed = [
+        f"{table}.{key}"
+        for table, values in config.items()
+        for key in values
+        if (table in unused or f"{table}.{key}" in unused) and values[key] != start[table][key]
+    ]
+    if changed:
+        table, key = changed[0].split(".")
+        others = f"; neither does it use {', '.join(changed[1:])}" if changed[1:] else ""
+        raise ConfigError(
+            f"{changed[0]}: must stay {start[table][key]!r} for {detector}, which does not use it, "
+            f"got {config[table][key]!r}{others}"
+        )
 
 
 def named_detector(layers: Iterable[Mapping[str, Mapping[str, Any]]]) -> str:

@@ -111,12 +111,12 @@ def collected(
     except TrainingInterrupted:
         if config.model.scales == "learn":
             try:
-                _collect_files(_files(run.path), dataset, config, device)
+                _collect(run.path, dataset, config, device)
             except DetkitError as error:
                 log.error("scales were not collected: %s; run `%s`", error, _remedy(run.path))
         raise
     if config.model.scales == "learn":
-        _collect_files(_files(run.path), dataset, config, device)
+        _collect(run.path, dataset, config, device)
 
 
 # -- statistics
@@ -148,14 +148,13 @@ def collect_scales(
         CheckpointError: no checkpoint with scale learners.
         DetkitError: unusable settings or data.
     """
-    files = _files(source)
-    config = configs.resolve(overrides, checkpoints.config_of(_learnt(files[0])))
+    config = configs.resolve(overrides, checkpoints.config_of(_learnt(_files(source)[0])))
     with distributed.process_group(pick_device(device)) as place:
         dataset = open_detection(config.data.path, config.data.split, config.data)
-        found = _collect_files(files, dataset, config, place, on_image)
-    first = found[0]
+        found = _collect(source, dataset, config, place, on_image)
+    first = next(iter(found.values()))
     return {
-        "checkpoints": [str(file) for file in files],
+        "checkpoints": list(found),
         "images": first["meta"]["images"],
         "scales": first["stats"],
     }
@@ -188,24 +187,26 @@ def _remedy(path: str | Path) -> str:
     return f"detkit finetune --collect-scales {path}"
 
 
-def _collect_files(
-    files: Sequence[Path],
+def _collect(
+    source: str | Path,
     dataset: DetectionDataset,
     config: Config,
     device: torch.device,
     on_image: OnImage | None = None,
-) -> list[Record]:
+) -> dict[str, Record]:
     """Statistics of each file, written into it by the first process."""
+    # Asked of the first process: when it answers, it has written the files.
+    files = distributed.broadcast([str(f) for f in _files(source)] if distributed.is_main() else [])
     known: dict[str, Record] = {}
-    found = []
-    for file in files:
+    found: dict[str, Record] = {}
+    for file in map(Path, files):
         stored = _learnt(file)
         name = weights_hash(checkpoints.deployed(stored))
         if name not in known:
             known[name] = _measured(stored, file, name, dataset, config, device, on_image)
         if distributed.is_main():
             checkpoints.save(file, cast(Checkpoint, {**stored, "scales": known[name]}))
-        found.append(known[name])
+        found[str(file)] = known[name]
     return found
 
 

@@ -228,8 +228,15 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 def test_files_that_are_not_there_are_wrong_usage(tmp_path: Path) -> None:
     for path, what in ((tmp_path / "no.pth", "nothing there"), (tmp_path, "a folder")):
-        with pytest.raises(ConfigError, match=f"must be an existing file, got {what}"):
+        with pytest.raises(ConfigError, match=f"must be an existing file, got {what}$"):
             checkpoint.load(path)
+
+
+def test_a_run_folder_is_answered_with_its_checkpoint(tmp_path: Path) -> None:
+    for name in ("last.pth", "best.pth"):  # the best is preferred where both are
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ConfigError, match=f"got a folder; give {tmp_path / name}$"):
+            checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -87,25 +87,14 @@ def test_every_kind_of_our_batch_norms(norm: str) -> None:
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_detectors_detect_the_same(detector: str) -> None:
     """With batch norm everywhere, in neck and heads too; the same boxes, labels and scores."""
-    config = resolve(
-        [
-            {
-                "model": {
-                    "detector": detector,
-                    "backbone": "resnet50-tiny",
-                    "norm": "bn",
-                    "head_norm": "bn",
-                    "neck_channels": 32,
-                },
-                "box": {
-                    "channels": 0 if detector in ("rfcn", "frcnn-c4") else 64,
-                    "max_detections": 20,
-                },
-                "rpn": {"post_nms_test": 100},
-            }
-        ]
-    )
-    model = randomised(build_detector(config, 3))
+    names = {"detector": detector, "backbone": "resnet50-tiny", "norm": "bn", "head_norm": "bn"}
+    layers = [{"model": names, "box": {"max_detections": 20}}]
+    if detector.endswith("fpn") or detector == "retinanet":
+        layers.append({"model": {"neck_channels": 32}})
+    if detector != "retinanet":
+        channels = 0 if detector in ("rfcn", "frcnn-c4") else 64
+        layers.append({"box": {"channels": channels}, "rpn": {"post_nms_test": 100}})
+    model = randomised(build_detector(resolve(layers), 3))
     for name, parameter in model.named_parameters():
         if "classes" in name or "objectness" in name:
             nn.init.normal_(parameter, std=0.1)  # scores far apart: no ties to fall either way

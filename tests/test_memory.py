@@ -58,7 +58,7 @@ from detkit.models import build_detector
 
 small = {
     "model": {"detector": sys.argv[1], "backbone": "resnet50-tiny", "norm": "bn"},
-    "box": {"channels": 0 if sys.argv[1] == "rfcn" else 64},
+    **({"box": {"channels": 64}} if sys.argv[1] == "frcnn-fpn" else {}),
 }
 model = build_detector(resolve([small]), 1)
 
@@ -158,7 +158,8 @@ def test_message_names_the_largest_part_its_boxes_and_the_settings() -> None:
     assert str(caught.value) == (
         "training step 4: must fit into memory, got 2 images of 96x128 pixels at once with "
         "10 boxes, 7 of them in one image; lower --batch-size, data.short_side or "
-        "box.batch_per_image, raise train.accumulate, or set train.amp=bf16 "
+        "the RoIs of two stages (box.batch_per_image, with box.ohem rpn.post_nms_train), "
+        "raise train.accumulate, or set train.amp=bf16 "
         "(CUDA out of memory. Tried to allocate 2.00 GiB)"
     )
     assert caught.value.exit_code == 2

@@ -46,7 +46,7 @@ def config(detector: str, backbone: str = "detnet59-tiny", **tables: dict[str, A
             "detector": detector,
             "backbone": backbone,
             "norm": norm,
-            "neck_channels": 16,
+            **({"neck_channels": 16} if detector.endswith("fpn") else {}),
         },
         "anchors": {"sizes": sizes},
         "rpn": {
@@ -468,7 +468,7 @@ def test_all_proposals_and_truth_boxes_are_candidates() -> None:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", ["light-head", "light-head-fpn"])  # a neck of each kind
 def test_every_combination_builds_and_runs(detector: str, backbone: str) -> None:
     with torch.device("meta"):
         model = build_detector(published(detector, backbone), 80).eval()
@@ -620,8 +620,8 @@ def test_light_head_overfits_two_images() -> None:
     torch.manual_seed(0)
     model = build_detector(config("light-head", box={"score_threshold": 0.05}), CLASSES)
     data = batch()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(180):
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(100):
         optimizer.zero_grad()
         total(model(data)).backward()
         optimizer.step()

@@ -275,8 +275,12 @@ def classifier(tv: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
 def finetune(path: Path, data: Path, out: Path, *more: str) -> int:
     """Exit code of one step on tiny images, the model's other settings being the defaults."""
     small = ["data.short_side=96", "data.long_side=128", "data.multi_scale=[]", "data.workers=0"]
-    small += ["rpn.post_nms_train=20", "rpn.post_nms_test=20", "model.norm=frozen_bn"]
-    small += ["data.split=val", "train.batch_size=1", "box.score_threshold=0.9"]
+    small += [
+        "model.norm=frozen_bn",
+        "data.split=val",
+        "train.batch_size=1",
+        "box.score_threshold=0.9",
+    ]
     sets = [word for text in small for word in ("--set", text)]
     line = ["finetune", "--init-from", path, "--data", data, "--out", out, "--steps", "1"]
     return run([*map(str, line), *sets, *more])
@@ -285,7 +289,8 @@ def finetune(path: Path, data: Path, out: Path, *more: str) -> int:
 def test_finetune_starts_from_a_classifier(
     classifier: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune(classifier, pictures, tmp_path / "run", "--backbone", "resnet50") == 0
+    few = ["--set", "rpn.post_nms_train=20", "--set", "rpn.post_nms_test=20"]
+    assert finetune(classifier, pictures, tmp_path / "run", "--backbone", "resnet50", *few) == 0
     told = capfd.readouterr().err
     assert "torchvision's classifier on resnet50, 1000 outputs" in told
     assert "265 weights loaded; unused: fc.weight, fc.bias" in told

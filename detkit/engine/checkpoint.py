@@ -197,7 +197,7 @@ def read(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"checkpoint {path}: must be an existing file, got {_kind_of_path(path)}")
+        raise ConfigError(f"checkpoint {path}: must be an existing file, got {_what_is_at(path)}")
     try:
         content = io.BytesIO(path.read_bytes())
     except OSError as error:
@@ -215,8 +215,12 @@ def read(path: str | Path) -> Any:
         raise CheckpointError(f"checkpoint {path}: {_reason(error)}") from error
 
 
-def _kind_of_path(path: Path) -> str:
-    return "a folder" if path.is_dir() else "nothing there"
+def _what_is_at(path: Path) -> str:
+    """What stands in place of a checkpoint; of a run folder also the file that was meant."""
+    if not path.is_dir():
+        return "nothing there"
+    meant = [path / name for name in ("best.pth", "last.pth") if (path / name).is_file()]
+    return f"a folder; give {meant[0]}" if meant else "a folder"
 
 
 def _check_sums(file: io.BytesIO) -> None:

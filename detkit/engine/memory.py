@@ -67,7 +67,8 @@ def _advice(part: Part, training: bool) -> str:
     if not training:
         extra = " or data.long_side, rpn.post_nms_test or box.max_detections" if detection else ""
         return f"lower data.short_side{extra}"
-    extra = " or box.batch_per_image" if detection else ""
+    rois = "the RoIs of two stages (box.batch_per_image, with box.ohem rpn.post_nms_train)"
+    extra = f" or {rois}" if detection else ""
     return (
         f"lower --batch-size, data.short_side{extra}, raise train.accumulate, or set train.amp=bf16"
     )
