@@ -119,7 +119,7 @@ SMALL, LARGE = (160, 266), (800, 1333)
     ("detector", "sizes", "published"),
     [
         ("frcnn-fpn", [*[SMALL] * 5, LARGE], True),
-        ("maskrcnn-fpn", [SMALL] * 2, True),
+        ("maskrcnn-fpn", [SMALL] * 5, True),
         ("retinanet", [*[SMALL] * 5, LARGE], False),
     ],
 )
