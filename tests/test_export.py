@@ -32,17 +32,18 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parents[1]
 EXPORTABLE = sorted(DETECTORS.keys() - WITH_MASKS)
-SMALLER: Mapping[str, Any] = {
-    "rpn": {"pre_nms_test": 100, "post_nms_test": 60},
-    "retina": {"pre_nms": 60},
-    "box": {"max_detections": 40},
-}
+def smaller(detector: str) -> dict[str, dict[str, Any]]:
+    """Fewer candidates and detections."""
+    one_stage = {"retina": {"pre_nms": 60}}
+    two_stages = {"rpn": {"pre_nms_test": 100, "post_nms_test": 60}}
+    candidates = one_stage if detector == "retinanet" else two_stages
+    return {**candidates, "box": {"max_detections": 40}}
 
 
 def small(name: str, *layers: Mapping[str, Any]) -> tuple[nn.Module, configs.Config]:
     """A detector of three classes, random but for a class head that is sure of itself."""
     recipe = configs.read_toml(configs.recipe_path(f"tiny/{name}"))
-    config = configs.resolve([recipe, SMALLER, *layers])
+    config = configs.resolve([recipe, smaller(name), *layers])
     torch.manual_seed(0)
     model = api.build(config, 3).eval()
     x = torch.randn(1, 3, 128, 128)
