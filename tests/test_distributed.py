@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from toy_training import Plain, batch_of, new_run, split, toy_config, train
 
 from detkit.engine import checkpoint, distributed
@@ -116,6 +117,21 @@ def test_alone_every_question_has_one_answer() -> None:
 @pytest.mark.parametrize(("code", "status"), [("import sys; sys.exit(3)", 3), ("pass", 0)])
 def test_the_exit_code_is_passed_on(code: str, status: int) -> None:
     assert distributed.launch(1, [sys.executable, "-c", code]) == status
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [([-6, 6], 6), ([1, 3], 3), ([143, -6], 143), ([1, -9], 137), ([1, 1], 1)],
+    ids=str,
+)
+def test_the_reason_of_one_process_counts_and_not_how_the_other_died(
+    codes: list[int], status: int, tmp_path: Path
+) -> None:
+    failures = {
+        rank: ProcessFailure(rank, 100 + rank, code, str(tmp_path / "none"))
+        for rank, code in enumerate(codes)
+    }
+    assert distributed._exit_code(ChildFailedError("training", failures)) == status
 
 
 def test_a_killed_process_is_told_by_its_signal() -> None:

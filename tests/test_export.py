@@ -32,6 +32,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parents[1]
 EXPORTABLE = sorted(DETECTORS.keys() - WITH_MASKS)
+
+
 def smaller(detector: str) -> dict[str, dict[str, Any]]:
     """Fewer candidates and detections."""
     one_stage = {"retina": {"pre_nms": 60}}

@@ -156,6 +156,8 @@ def launch(processes: int, command: Sequence[str]) -> int:
 def _exit_code(error: ChildFailedError) -> int:
     codes = [failure.exitcode for failure in error.failures.values()]
     codes.sort(key=lambda code: error.get_first_failure()[1].exitcode != code)
-    # Where one rank stops for a reason, another may die of the broken connection (code 1).
-    code = next((code for code in codes if code not in (0, 1)), 1)
+    # Where one rank stops for a reason, another may die of the broken connection: with code 1, or
+    # by a signal (negative) when the connection's own thread aborts.
+    stopped = [code for code in codes if code > 1]
+    code = next(iter([*stopped, *(code for code in codes if code < 0)]), 1)
     return 128 - code if code < 0 else code
