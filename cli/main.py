@@ -76,7 +76,12 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 ok, 1 our bug, 2 usage or data, 3 checkpoint, and so on."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    code = run(list(sys.argv[1:] if argv is None else argv))
+    if "RANK" in os.environ:  # one process of several; torch is loaded by now
+        from detkit.engine.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

@@ -271,10 +271,17 @@ SCENARIOS = {
     "stopped-together": _stopped_together,
 }
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+
+def main() -> int:
+    """Exit code of one scenario."""
     try:
         SCENARIOS[sys.argv[1]](RunFolder(sys.argv[2]))
     except DetkitError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.leave(main())
