@@ -35,6 +35,7 @@ ALLOWED = {
 }
 ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
 ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading"}
+ALLOWED["supernet"] = set(ALLOWED) | {"supernet"}
 ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
