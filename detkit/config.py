@@ -617,6 +617,80 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Search over the paths of a trained supernet (DetNAS, section 3.3)."""
+
+    method: str = "evolution"
+    """evolution, or random: the baseline of as many evaluations."""
+    fitness: str = "detection"
+    """detection: eval.metric of the fine-tuned supernet on held-out images; classification: top-1
+    of the pre-trained one."""
+    population: int = 50
+    """Networks evaluated per generation."""
+    generations: int = 20
+    """Generations, the first and random one included."""
+    parents: int = 10
+    """Best networks so far that offspring is made of."""
+    mutants: int = -1
+    """Largest number of mutants per generation; -1 takes two fifths of the population."""
+    crossovers: int = -1
+    """Largest number of crosses per generation, -1 as above; random networks fill the rest."""
+    mutation_prob: float = 0.1
+    """Chance of each gene of a mutant to be drawn again."""
+    seed: int = 0
+    """Seed of all proposals; the images follow from the supernet's train.seed."""
+    max_macs: int = 0
+    """Most multiply-adds of stem and blocks for one image of 224x224; 0 for no limit."""
+    max_latency_ms: float = 0.0
+    """Longest time of stem and blocks for one image, as a table of measured blocks adds up; 0 for
+    no limit."""
+    latency_device: str = "cpu"
+    """Where the table is measured: cpu or cuda."""
+    calibration_steps: int = 500
+    """Batches that the norms' statistics of each network are measured on."""
+    calibration_batch: int = 8
+    """Images in each of them, from the supernet's training images."""
+    calibration_momentum: float = 0.0
+    """0 averages all batches alike; else the share of the newest in a running average."""
+    batch_size: int = 8
+    """Images detected at once; only those of one padded size go together."""
+    cache_mib: int = 8192
+    """Memory of each process for decoded and resized images; what does not fit is read again for
+    every network."""
+    retries: int = 1
+    """How often an evaluation that broke off is tried again before it counts as failed."""
+    early_stop: float = 0.0
+    """Share of the images after which a hopeless network is dropped; 0 never drops one."""
+    early_quantile: float = 0.5
+    """Hopeless: its metric so far is below this quantile of earlier generations' ..."""
+    early_margin: float = 0.02
+    """... by more than this."""
+
+    def __post_init__(self) -> None:
+        _one_of("search.method", self.method, ("evolution", "random"))
+        _one_of("search.fitness", self.fitness, ("detection", "classification"))
+        _one_of("search.latency_device", self.latency_device, ("cpu", "cuda"))
+        for name in ("population", "generations", "parents", "calibration_steps", "batch_size"):
+            _require(getattr(self, name) > 0, f"search.{name}", "positive", getattr(self, name))
+        for name in ("seed", "max_macs", "max_latency_ms", "cache_mib", "retries", "early_margin"):
+            value = getattr(self, name)
+            _require(value >= 0, f"search.{name}", "zero or more", value)
+        for name in ("mutants", "crossovers"):
+            value = getattr(self, name)
+            _require(value >= -1, f"search.{name}", "zero or more, or -1", value)
+        for name in ("mutation_prob", "calibration_momentum", "early_quantile"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"search.{name}", "in 0..1", value)
+        _require(0 <= self.early_stop < 1, "search.early_stop", "in [0, 1)", self.early_stop)
+        _require(
+            self.calibration_batch > 1,
+            "search.calibration_batch",
+            "two or more",
+            self.calibration_batch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that defines a run; stored resolved in the run folder and in each checkpoint."""
 
@@ -632,6 +706,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 def to_plain(config: Config) -> dict[str, dict[str, Any]]:
@@ -723,7 +798,13 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe_path(name: str) -> Path:
-    """File of a recipe; raises ConfigError with the nearest name."""
+    """File of a shipped recipe, or of one's own where the name ends in ``.toml``.
+
+    Raises:
+        ConfigError: an unknown name; says the nearest one.
+    """
+    if name.endswith(".toml"):
+        return Path(name)
     known = recipes()
     if name not in known:
         raise ConfigError(
