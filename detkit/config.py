@@ -68,10 +68,10 @@ DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 """What a detector's paper fixes where that differs from the defaults below; every recipe and
 setting comes on top."""
 
-_ONE_LEVEL = ("model.neck_channels", "box.roi_max_level", "box.canonical_size")
+_ONE_LEVEL = ("model.neck_channels", "box.roi_max_level", "box.canonical_size", "box.head")
 _PS_POOL = ("box.ps_pool", "box.ps_offset")
 _ROIS = (
-    *("box.resolution", "box.sampling_ratio", "box.aligned", "box.roi_max_level"),
+    *("box.head", "box.resolution", "box.sampling_ratio", "box.aligned", "box.roi_max_level"),
     *("box.canonical_size", "box.channels", "box.batch_per_image", "box.ohem", "box.ohem_scope"),
     *("box.positive_fraction", "box.fg_iou", "box.smooth_l1_beta", "box.class_agnostic"),
 )
@@ -83,7 +83,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "rfcn": (*_ONE_LEVEL, "box.aligned", "thin.channels", "retina", "mask"),
     "rfcn-thin": (*_ONE_LEVEL, "box.aligned", "retina", "mask"),
     "light-head": (*_ONE_LEVEL, "box.aligned", "retina", "mask"),
-    "light-head-fpn": ("box.aligned", "retina", "mask"),
+    "light-head-fpn": ("box.aligned", "box.head", "retina", "mask"),
 }
 """Tables and settings that a detector has no part for; changing them is refused."""
 
@@ -204,12 +204,16 @@ class RpnConfig:
     """As post_nms_train, when detecting."""
     nms_iou: float = 0.7
     """NMS threshold of the proposals."""
+    post_nms_scope: str = "image"
+    """When training, post_nms_train counts the proposals of each image, or those of all images of
+    one process together (batch)."""
     joint: bool = False
     """Rank and suppress all levels as one pool (DetNet) and not per level."""
     min_size: float = 0.0
     """Smallest side in input pixels of a proposal."""
 
     def __post_init__(self) -> None:
+        _one_of("rpn.post_nms_scope", self.post_nms_scope, ("image", "batch"))
         for name in ("positive_fraction", "fg_iou", "bg_iou", "nms_iou"):
             _require(0 <= getattr(self, name) <= 1, f"rpn.{name}", "in 0..1", getattr(self, name))
         for name in ("channels", "smooth_l1_beta", "min_size"):
@@ -234,6 +238,9 @@ class RpnConfig:
 class BoxConfig:
     """Box head on RoIs: features, sampling, loss and final detections."""
 
+    head: str = "2fc"
+    """Layers on RoIs of frcnn-fpn and maskrcnn-fpn: 2fc (two fully connected ones) or 4conv1fc
+    (four 3x3 convolutions, then a fully connected one)."""
     resolution: int = 7
     """Bins of RoI pooling per side."""
     sampling_ratio: int = 2
@@ -282,6 +289,7 @@ class BoxConfig:
     """Keep detections that are empty after clipping (torchvision's RetinaNet does)."""
 
     def __post_init__(self) -> None:
+        _one_of("box.head", self.head, ("2fc", "4conv1fc"))
         _one_of("box.ps_pool", self.ps_pool, ("max", "avg", "cells"))
         _one_of("box.ohem_scope", self.ohem_scope, ("image", "batch"))
         _require(self.ps_offset in (0, 0.5), "box.ps_offset", "0 or 0.5", self.ps_offset)
@@ -346,6 +354,9 @@ class RetinaConfig:
     """Focal loss: weight of positives."""
     gamma: float = 2.0
     """Focal loss: how fast easy examples fade."""
+    divisor: str = "positives"
+    """Focal loss: divided by the positive anchors (positives), or by these and the images together
+    (positives+images, DetNAS)."""
     prior: float = 0.01
     """Score of every class before training."""
     smooth_l1_beta: float = 0.11
@@ -355,6 +366,7 @@ class RetinaConfig:
 
     def __post_init__(self) -> None:
         _one_of("retina.p6_from", self.p6_from, ("c5", "p5"))
+        _one_of("retina.divisor", self.divisor, ("positives", "positives+images"))
         for name in ("fg_iou", "bg_iou", "alpha"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"retina.{name}", "in 0..1", value)
