@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from detkit import config as configs
-from detkit import foreign, pod, supernet
+from detkit import foreign, pod, prediction, supernet
 from detkit.config import Config, ModelConfig, is_supernet
 from detkit.data import (
     DetectionDataset,
@@ -571,12 +571,62 @@ def detect_split(
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
     loaded = load(checkpoint, device, overrides)
-    _require_detector(checkpoint, loaded)
+    prediction.require_detector(loaded.kind, str(checkpoint))
     if fold:
         loaded = replace(loaded, model=fold_norms(loaded.model))
     config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
     return _detect(loaded, dataset, on_image), dataset
+
+
+def predict(
+    checkpoint: str | Path,
+    images: str | Path | Iterable[str | Path],
+    *,
+    out: str | Path | None = None,
+    score: float = prediction.SCORE,
+    batch_size: int = 1,
+    device: str = "auto",
+    overrides: Iterable[Mapping[str, Any]] = (),
+    on_image: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Detect objects in image files: a drawn picture of each, and all detections as COCO results.
+
+    In Python, ``detkit.load(checkpoint).predict(image)`` gives the detections themselves.
+
+    Args:
+        checkpoint: the detector.
+        images: files, folders (with all below them) and patterns such as ``photos/**/*.jpg``.
+        out: new or empty folder to write to; by default a new one under ``runs/predict``.
+        score: lowest score of a detection that is kept.
+        batch_size: images at once.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        overrides: layers of settings on top of the checkpoint's.
+        on_image: called with (images done, images in all).
+
+    Returns:
+        ``{"out", "results", "key", "images", "skipped"}``: the folder; ``detections.json`` in
+        COCO's results format; ``images.json``, which says which image and category its ids mean;
+        per image ``id, file, height, width, picture, detections``, each of these ``name, score,
+        bbox`` (x, y, width, height in pixels of the upright image); and the files left out with
+        the reason.
+
+    Raises:
+        DetkitError: unusable checkpoint, nothing at a name, no readable image, or ``out`` holds
+            files.
+    """
+    names = [images] if isinstance(images, str | Path) else list(images)
+    folder = Path(out) if out else Path("runs/predict") / time.strftime("%Y%m%d-%H%M%S")
+    loaded = load(checkpoint, device, overrides)
+    return prediction.predict_folder(
+        loaded,
+        str(checkpoint),
+        names,
+        folder,
+        score=score,
+        batch_size=batch_size,
+        on_image=on_image,
+    )
 
 
 def export(
@@ -617,7 +667,7 @@ def export(
     if not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"{out}: must be a file in a folder that exists, got none")
     loaded = load(checkpoint)
-    _require_detector(checkpoint, loaded)
+    prediction.require_detector(loaded.kind, str(checkpoint))
     config = configs.resolve(overrides, loaded.config)
     _data_only(config, loaded.config)
     content = exporter.to_onnx(loaded.model, loaded.config.data, opset=opset, size=size)
@@ -626,12 +676,6 @@ def export(
         result["verified"] = _verify(content, loaded, config, data, split, size)
     exporter.write(content, out)
     return result
-
-
-def _require_detector(checkpoint: str | Path, loaded: Loaded) -> None:
-    advice = "; one of its paths is, see `detkit search`" if loaded.kind == "supernet" else ""
-    if loaded.kind in ("backbone", "supernet"):
-        raise CheckpointError(f"{checkpoint}: must be a detector, got kind {loaded.kind!r}{advice}")
 
 
 def _data_only(config: Config, stored: Config) -> None:

@@ -68,10 +68,10 @@ DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 """What a detector's paper fixes where that differs from the defaults below; every recipe and
 setting comes on top."""
 
-_ONE_LEVEL = ("model.neck_channels", "box.roi_max_level", "box.canonical_size")
+_ONE_LEVEL = ("model.neck_channels", "box.roi_max_level", "box.canonical_size", "box.head")
 _PS_POOL = ("box.ps_pool", "box.ps_offset")
 _ROIS = (
-    *("box.resolution", "box.sampling_ratio", "box.aligned", "box.roi_max_level"),
+    *("box.head", "box.resolution", "box.sampling_ratio", "box.aligned", "box.roi_max_level"),
     *("box.canonical_size", "box.channels", "box.batch_per_image", "box.ohem", "box.ohem_scope"),
     *("box.positive_fraction", "box.fg_iou", "box.smooth_l1_beta", "box.class_agnostic"),
 )
@@ -83,7 +83,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "rfcn": (*_ONE_LEVEL, "box.aligned", "thin.channels", "retina", "mask"),
     "rfcn-thin": (*_ONE_LEVEL, "box.aligned", "retina", "mask"),
     "light-head": (*_ONE_LEVEL, "box.aligned", "retina", "mask"),
-    "light-head-fpn": ("box.aligned", "retina", "mask"),
+    "light-head-fpn": ("box.aligned", "box.head", "retina", "mask"),
 }
 """Tables and settings that a detector has no part for; changing them is refused."""
 
@@ -218,12 +218,16 @@ class RpnConfig:
     """As post_nms_train, when detecting."""
     nms_iou: float = 0.7
     """NMS threshold of the proposals."""
+    post_nms_scope: str = "image"
+    """When training, post_nms_train counts the proposals of each image, or those of all images of
+    one process together (batch)."""
     joint: bool = False
     """Rank and suppress all levels as one pool (DetNet) and not per level."""
     min_size: float = 0.0
     """Smallest side in input pixels of a proposal."""
 
     def __post_init__(self) -> None:
+        _one_of("rpn.post_nms_scope", self.post_nms_scope, ("image", "batch"))
         for name in ("positive_fraction", "fg_iou", "bg_iou", "nms_iou"):
             _require(0 <= getattr(self, name) <= 1, f"rpn.{name}", "in 0..1", getattr(self, name))
         for name in ("channels", "smooth_l1_beta", "min_size"):
@@ -248,6 +252,9 @@ class RpnConfig:
 class BoxConfig:
     """Box head on RoIs: features, sampling, loss and final detections."""
 
+    head: str = "2fc"
+    """Layers on RoIs of frcnn-fpn and maskrcnn-fpn: 2fc (two fully connected ones) or 4conv1fc
+    (four 3x3 convolutions, then a fully connected one)."""
     resolution: int = 7
     """Bins of RoI pooling per side."""
     sampling_ratio: int = 2
@@ -296,6 +303,7 @@ class BoxConfig:
     """Keep detections that are empty after clipping (torchvision's RetinaNet does)."""
 
     def __post_init__(self) -> None:
+        _one_of("box.head", self.head, ("2fc", "4conv1fc"))
         _one_of("box.ps_pool", self.ps_pool, ("max", "avg", "cells"))
         _one_of("box.ohem_scope", self.ohem_scope, ("image", "batch"))
         _require(self.ps_offset in (0, 0.5), "box.ps_offset", "0 or 0.5", self.ps_offset)
@@ -360,6 +368,9 @@ class RetinaConfig:
     """Focal loss: weight of positives."""
     gamma: float = 2.0
     """Focal loss: how fast easy examples fade."""
+    divisor: str = "positives"
+    """Focal loss: divided by the positive anchors (positives), or by these and the images together
+    (positives+images, DetNAS)."""
     prior: float = 0.01
     """Score of every class before training."""
     smooth_l1_beta: float = 0.11
@@ -369,6 +380,7 @@ class RetinaConfig:
 
     def __post_init__(self) -> None:
         _one_of("retina.p6_from", self.p6_from, ("c5", "p5"))
+        _one_of("retina.divisor", self.divisor, ("positives", "positives+images"))
         for name in ("fg_iou", "bg_iou", "alpha"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"retina.{name}", "in 0..1", value)
@@ -667,6 +679,80 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Search over the paths of a trained supernet (DetNAS, section 3.3)."""
+
+    method: str = "evolution"
+    """evolution, or random: the baseline of as many evaluations."""
+    fitness: str = "detection"
+    """detection: eval.metric of the fine-tuned supernet on held-out images; classification: top-1
+    of the pre-trained one."""
+    population: int = 50
+    """Networks evaluated per generation."""
+    generations: int = 20
+    """Generations, the first and random one included."""
+    parents: int = 10
+    """Best networks so far that offspring is made of."""
+    mutants: int = -1
+    """Largest number of mutants per generation; -1 takes two fifths of the population."""
+    crossovers: int = -1
+    """Largest number of crosses per generation, -1 as above; random networks fill the rest."""
+    mutation_prob: float = 0.1
+    """Chance of each gene of a mutant to be drawn again."""
+    seed: int = 0
+    """Seed of all proposals; the images follow from the supernet's train.seed."""
+    max_macs: int = 0
+    """Most multiply-adds of stem and blocks for one image of 224x224; 0 for no limit."""
+    max_latency_ms: float = 0.0
+    """Longest time of stem and blocks for one image, as a table of measured blocks adds up; 0 for
+    no limit."""
+    latency_device: str = "cpu"
+    """Where the table is measured: cpu or cuda."""
+    calibration_steps: int = 500
+    """Batches that the norms' statistics of each network are measured on."""
+    calibration_batch: int = 8
+    """Images in each of them, from the supernet's training images."""
+    calibration_momentum: float = 0.0
+    """0 averages all batches alike; else the share of the newest in a running average."""
+    batch_size: int = 8
+    """Images detected at once; only those of one padded size go together."""
+    cache_mib: int = 8192
+    """Memory of each process for decoded and resized images; what does not fit is read again for
+    every network."""
+    retries: int = 1
+    """How often an evaluation that broke off is tried again before it counts as failed."""
+    early_stop: float = 0.0
+    """Share of the images after which a hopeless network is dropped; 0 never drops one."""
+    early_quantile: float = 0.5
+    """Hopeless: its metric so far is below this quantile of earlier generations' ..."""
+    early_margin: float = 0.02
+    """... by more than this."""
+
+    def __post_init__(self) -> None:
+        _one_of("search.method", self.method, ("evolution", "random"))
+        _one_of("search.fitness", self.fitness, ("detection", "classification"))
+        _one_of("search.latency_device", self.latency_device, ("cpu", "cuda"))
+        for name in ("population", "generations", "parents", "calibration_steps", "batch_size"):
+            _require(getattr(self, name) > 0, f"search.{name}", "positive", getattr(self, name))
+        for name in ("seed", "max_macs", "max_latency_ms", "cache_mib", "retries", "early_margin"):
+            value = getattr(self, name)
+            _require(value >= 0, f"search.{name}", "zero or more", value)
+        for name in ("mutants", "crossovers"):
+            value = getattr(self, name)
+            _require(value >= -1, f"search.{name}", "zero or more, or -1", value)
+        for name in ("mutation_prob", "calibration_momentum", "early_quantile"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"search.{name}", "in 0..1", value)
+        _require(0 <= self.early_stop < 1, "search.early_stop", "in [0, 1)", self.early_stop)
+        _require(
+            self.calibration_batch > 1,
+            "search.calibration_batch",
+            "two or more",
+            self.calibration_batch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that defines a run; stored resolved in the run folder and in each checkpoint."""
 
@@ -684,6 +770,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 def to_plain(config: Config) -> dict[str, dict[str, Any]]:
@@ -775,7 +862,13 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe_path(name: str) -> Path:
-    """File of a recipe; raises ConfigError with the nearest name."""
+    """File of a shipped recipe, or of one's own where the name ends in ``.toml``.
+
+    Raises:
+        ConfigError: an unknown name; says the nearest one.
+    """
+    if name.endswith(".toml"):
+        return Path(name)
     known = recipes()
     if name not in known:
         raise ConfigError(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from detkit.models.zoo import supernet_space
 from detkit.nas.split import SearchSplit
 from detkit.scales import insert, rebuild
 from detkit.types import CategoryMap
+
+if TYPE_CHECKING:
+    from detkit.data.pictures import Picture
+    from detkit.prediction import Prediction
 
 log = logging.getLogger("detkit")
 
@@ -52,6 +56,52 @@ class Loaded:
     """Of a supernet: ``pretrain`` (a classifier) or ``finetune`` (a detector)."""
     search_split: SearchSplit | None = None
     """Of a detector on a supernet: the images it was trained on, and those for the search."""
+
+    @overload
+    def predict(
+        self,
+        images: list[Picture] | tuple[Picture, ...],
+        *,
+        score: float = ...,
+        batch_size: int = ...,
+    ) -> list[Prediction]: ...
+
+    @overload
+    def predict(
+        self, images: Picture, *, score: float = ..., batch_size: int = ...
+    ) -> Prediction: ...
+
+    def predict(
+        self,
+        images: Picture | list[Picture] | tuple[Picture, ...],
+        *,
+        score: float | None = None,
+        batch_size: int = 1,
+    ) -> Prediction | list[Prediction]:
+        """Detect objects in an image, or in each of a list.
+
+        Args:
+            images: A file, a PIL image or a uint8 array (H, W, 3) in RGB order; or a list of them.
+                Files and PIL images are turned as EXIF says.
+            score: Lowest score of a detection that is kept; 0.3 by default.
+            batch_size: Images at once. Images of one batch are padded to a common size, which can
+                change detections slightly.
+
+        Returns:
+            One prediction, or a list of as many as there are images.
+
+        Raises:
+            CheckpointError: The model is no detector.
+            DataError: An image cannot be read.
+            ConfigError: ``score`` or ``batch_size`` is out of range.
+        """
+        from detkit import prediction
+
+        prediction.require_detector(self.kind, "model.predict")
+        least = prediction.SCORE if score is None else score
+        if isinstance(images, list | tuple):
+            return prediction.predict_pictures(self, images, least, batch_size)
+        return prediction.predict_pictures(self, [images], least, batch_size)[0]
 
 
 def build(

@@ -34,7 +34,8 @@ ALLOWED = {
     "report": METHODS | DATA | ENGINE | {"deploy", "report"},
 }
 ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
-ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading"}
+ALLOWED["prediction"] = METHODS | DATA | ENGINE | {"report", "prediction"}
+ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading", "prediction"}
 ALLOWED["supernet"] = set(ALLOWED) | {"supernet"}
 ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}

@@ -30,7 +30,8 @@ class DetectionDataset:
         masks: Whether targets carry masks.
         max_pixels: Pixel limit of one image.
         on_bad_image: What the loader does with a file that turns out damaged: ``skip`` or ``fail``.
-        pixels: (I, H, W, 3) uint8 where the images live in memory.
+        pixels: (H, W, 3) uint8 of each image that lives in memory, None for one in a file; None
+            where all are in files.
         damaged: Indices of images that failed while loading.
     """
 
@@ -42,7 +43,7 @@ class DetectionDataset:
     masks: bool = False
     max_pixels: int = 178_956_970
     on_bad_image: str = "skip"
-    pixels: NDArray[np.uint8] | None = None
+    pixels: Sequence[NDArray[np.uint8] | None] | NDArray[np.uint8] | None = None
     damaged: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
@@ -65,10 +66,13 @@ class DetectionDataset:
 
     def path(self, index: int) -> Path | None:
         """File of image ``index``; None where it lives in memory."""
-        if self.pixels is not None:
+        if self._pixels(index) is not None:
             return None
         root = self.roots[int(self.records.roots[index])]
         return root / str(self.records.files[index])
+
+    def _pixels(self, index: int) -> NDArray[np.uint8] | None:
+        return None if self.pixels is None else self.pixels[index]
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of image ``index`` in the pixel grid of its boxes."""
@@ -86,8 +90,9 @@ class DetectionDataset:
         Raises:
             ImageFileError: the file is gone or damaged.
         """
-        if self.pixels is not None:
-            return Image.fromarray(self.pixels[index])
+        pixels = self._pixels(index)
+        if pixels is not None:
+            return Image.fromarray(pixels)
         path = self.roots[int(self.records.roots[index])] / self.records.files[index]
         as_stored = bool(self.records.as_stored[index])
         image = load_image(path, self.max_pixels, as_stored=as_stored, at_least=at_least)
@@ -96,7 +101,7 @@ class DetectionDataset:
     def take(self, indices: Sequence[int]) -> DetectionDataset:
         """A set of the images ``indices`` alone, in that order; its report starts empty."""
         report = Report(images=len(indices))
-        pixels = None if self.pixels is None else self.pixels[np.array(indices, dtype=np.int64)]
+        pixels = None if self.pixels is None else [self.pixels[i] for i in indices]
         return replace(
             self, records=self.records.take(indices), report=report, pixels=pixels, damaged=set()
         )
