@@ -69,8 +69,9 @@ DETECTOR: dict[str, dict[str, Any]] = {
     "box": {"channels": 128, "canonical_size": 96.0, "batch_per_image": 32},
     "train": {"batch_size": 4, "ema": 0.995, "clip": 10.0},
     "optim": {
-        "lr": 0.08,
-        "weight_decay": 1e-4,
+        "name": "adamw",
+        "lr": 0.003,
+        "weight_decay": 0.05,
         "norm_decay": False,
         "warmup_steps": 50,
         "warmup_factor": 0.1,
