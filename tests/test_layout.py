@@ -38,6 +38,7 @@ ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading"}
 ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
+ALLOWED["reporting"] = set(ALLOWED) | {"reporting"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 FREE_OF_TORCH = ("detkit/__init__.py", "detkit/config.py", "detkit/errors.py", "cli")
 HEAVY = ("torch", "detkit.types", "detkit.ops", "detkit.models", "detkit.data", "detkit.engine")
