@@ -9,7 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 _API = {
-    **dict.fromkeys(("build", "evaluate", "load", "train"), "detkit.api"),
+    **dict.fromkeys(("build", "evaluate", "load", "predict", "train"), "detkit.api"),
     "compare": "detkit.comparison",
     "write_report": "detkit.reporting",
     **dict.fromkeys(("collect_scales", "decompose"), "detkit.pod"),

@@ -34,7 +34,9 @@ ALLOWED = {
     "report": METHODS | DATA | ENGINE | {"deploy", "report"},
 }
 ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
-ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading"}
+ALLOWED["prediction"] = METHODS | DATA | ENGINE | {"report", "prediction"}
+ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading", "prediction"}
+ALLOWED["supernet"] = set(ALLOWED) | {"supernet"}
 ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}

@@ -20,7 +20,8 @@ from detkit.errors import ConfigError, DataError, StorageError
 _TIME = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(\d{8}-\d{6})-.+")
 _FILES = re.compile(
-    r"config\.toml|metrics\.jsonl|log\.txt|report\.html|detections-.+\.json|\..+\.pth\.\d+\.tmp"
+    r"config\.toml|metrics\.jsonl|log\.txt|search_split\.json|report\.html|detections-.+\.json"
+    r"|\..+\.pth\.\d+\.tmp"
 )
 
 
