@@ -15,6 +15,9 @@ from detkit.deploy.fold import fold
 from detkit.models.necks.large_separable import LargeSeparableConv
 from detkit.models.norm import FrozenBatchNorm2d, SyncBatchNorm2d, normalise_rows
 from detkit.models.zoo import BACKBONES, DETECTORS, build_backbone, build_detector
+from detkit.scales import SplitConv2d
+from detkit.scales.decompose import Part
+from detkit.scales.split import split
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -165,6 +168,18 @@ def test_any_convolution(conv: nn.Conv2d, affine: bool) -> None:
     x = torch.randn(1, 8, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
     assert folded[0].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_split_layer(groups: int, bias: bool) -> None:
+    """Each convolution of a fast-deployment layer takes the norm's share of its own channels."""
+    conv = nn.Conv2d(8, 12, 3, padding=1, groups=groups, bias=bias)
+    layer = split(conv, [Part((0, 1), 3), Part((1, 2), 6), Part((2, 2), 3)])
+    model = nn.Sequential(layer, nn.BatchNorm2d(12)).double()
+    folded = assert_folds(model, torch.randn(2, 8, 16, 16, dtype=torch.float64))
+    assert isinstance(folded[0], SplitConv2d)
+    assert not any(p.requires_grad for p in folded.parameters())
 
 
 def test_the_rule_by_hand() -> None:

@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from detkit.models.norm import FrozenBatchNorm2d, SyncBatchNorm2d
+from detkit.scales import SplitConv2d
 
 log = logging.getLogger("detkit")
 
-LAYERS = (nn.Conv2d, nn.Linear)
+LAYERS = (nn.Conv2d, nn.Linear, SplitConv2d)
 """What a norm is folded into; their subclasses may compute something else and stay as they are."""
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, SyncBatchNorm2d)
@@ -33,12 +34,12 @@ Pair = tuple[str, str]
 def fold(model: nn.Module) -> nn.Module:
     """A copy for inference in which batch norms are part of the layer they follow.
 
-    A pair is a ``Conv2d`` (any groups, dilation, padding, with or without bias) or ``Linear`` whose
-    output goes into one batch norm and nowhere else: neighbours in an ``nn.Sequential``, or calls
-    in the ``forward`` of the module that holds both, whatever their names; ``forward`` is followed
-    symbolically, so the order of the attributes does not matter. Rows of a linear layer may get
-    axes of length 1 before their norm. The layer gets the norm's scale and shift, computed in
-    float64, and a bias; the norm becomes ``nn.Identity``.
+    A pair is a ``Conv2d`` (any groups, dilation, padding, with or without bias), a ``SplitConv2d``
+    of a fast-deployment net or a ``Linear`` whose output goes into one batch norm and nowhere else:
+    neighbours in an ``nn.Sequential``, or calls in the ``forward`` of the module that holds both,
+    whatever their names; ``forward`` is followed symbolically, so the order of the attributes does
+    not matter. Rows of a linear layer may get axes of length 1 before their norm. The layer gets
+    the norm's scale and shift, computed in float64, and a bias; the norm becomes ``nn.Identity``.
 
     Left as they are, and logged by name with the reason: norms that are no batch norms or keep no
     statistics, norms that follow something else, pairs of which one is registered in more than one
@@ -145,8 +146,15 @@ def _adds_axes(node: fx.Node) -> bool:
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
     """Whether the norm has statistics, and as many as the layer has outputs."""
-    mean, weight = norm.running_mean, layer.weight
-    return isinstance(mean, Tensor) and isinstance(weight, Tensor) and len(mean) == len(weight)
+    mean = norm.running_mean
+    return isinstance(mean, Tensor) and len(mean) == sum(len(w) for w in _weights(layer))
+
+
+def _weights(layer: nn.Module) -> list[Tensor]:
+    """The layer's weights, one after the other along its outputs."""
+    if isinstance(layer, SplitConv2d):
+        return list(layer.weights)
+    return [layer.get_parameter("weight")]
 
 
 @torch.no_grad()
@@ -162,14 +170,26 @@ def _merged(layer: nn.Module, norm: nn.Module) -> nn.Module:
     bias = bias * scale
     if norm.affine:
         bias = bias + norm.bias.double()
-    weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.ndim - 1))
-    merged = _without_weights(layer)
-    for name, value in (("weight", weight), ("bias", bias)):
-        setattr(merged, name, nn.Parameter(value.to(layer.weight.dtype), requires_grad=False))
-    return merged.eval()
+    weights = _weights(layer)
+    shares = scale.split([len(w) for w in weights])
+    scaled = [
+        _fixed(w.double() * share.view(-1, *[1] * (w.ndim - 1)), w)
+        for w, share in zip(weights, shares, strict=True)
+    ]
+    shift = _fixed(bias, weights[0])
+    if isinstance(layer, SplitConv2d):
+        merged = SplitConv2d(scaled, shift, layer.dilations, layer.stride, layer.groups)
+        return merged.eval()
+    plain = _without_weights(layer)
+    plain.weight, plain.bias = scaled[0], shift
+    return plain.eval()
 
 
-def _without_weights(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+def _fixed(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(like.dtype), requires_grad=False)
+
+
+def _without_weights(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     """The same layer with a bias, on the meta device: no memory, no random numbers."""
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, layer.out_features, device="meta")
