@@ -64,7 +64,9 @@ _COMMON = (
     click.option(
         "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of settings."
     ),
-    click.option("--recipe", help="Settings that detkit ships; `detkit models` lists them."),
+    click.option(
+        "--recipe", help="Settings that detkit ships (`detkit models` lists them), or a .toml file."
+    ),
     click.option("--dry-run", is_flag=True, help="Show what would run and stop."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )

@@ -1,7 +1,7 @@
 """detkit: design, train, slim, search and deploy convolutional object detectors.
 
 Importing this package loads no torch; the public functions, of :mod:`detkit.api`,
-:mod:`detkit.comparison` and :mod:`detkit.pod`, are looked up on first use.
+:mod:`detkit.comparison`, :mod:`detkit.reporting` and :mod:`detkit.pod`, are looked up on first use.
 """
 
 import importlib
@@ -9,8 +9,9 @@ import importlib
 __version__ = "0.1.0"
 
 _API = {
-    **dict.fromkeys(("build", "evaluate", "load", "train"), "detkit.api"),
+    **dict.fromkeys(("build", "evaluate", "load", "predict", "train"), "detkit.api"),
     "compare": "detkit.comparison",
+    "write_report": "detkit.reporting",
     **dict.fromkeys(("collect_scales", "decompose"), "detkit.pod"),
 }
 _SUBMODULES = ("api", "config", "data", "engine", "errors", "models", "ops", "scales", "types")

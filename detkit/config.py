@@ -68,10 +68,10 @@ DETECTOR_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 """What a detector's paper fixes where that differs from the defaults below; every recipe and
 setting comes on top."""
 
-_ONE_LEVEL = ("model.neck_channels", "box.roi_max_level", "box.canonical_size")
+_ONE_LEVEL = ("model.neck_channels", "box.roi_max_level", "box.canonical_size", "box.head")
 _PS_POOL = ("box.ps_pool", "box.ps_offset")
 _ROIS = (
-    *("box.resolution", "box.sampling_ratio", "box.aligned", "box.roi_max_level"),
+    *("box.head", "box.resolution", "box.sampling_ratio", "box.aligned", "box.roi_max_level"),
     *("box.canonical_size", "box.channels", "box.batch_per_image", "box.ohem", "box.ohem_scope"),
     *("box.positive_fraction", "box.fg_iou", "box.smooth_l1_beta", "box.class_agnostic"),
 )
@@ -83,9 +83,17 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "rfcn": (*_ONE_LEVEL, "box.aligned", "thin.channels", "retina", "mask"),
     "rfcn-thin": (*_ONE_LEVEL, "box.aligned", "retina", "mask"),
     "light-head": (*_ONE_LEVEL, "box.aligned", "retina", "mask"),
-    "light-head-fpn": ("box.aligned", "retina", "mask"),
+    "light-head-fpn": ("box.aligned", "box.head", "retina", "mask"),
 }
 """Tables and settings that a detector has no part for; changing them is refused."""
+
+SUPERNET = "detnas-supernet"
+"""How the names of supernets begin; alone it is the supernet of the table ``space``."""
+
+
+def is_supernet(backbone: str) -> bool:
+    """Whether ``backbone`` names a supernet of DetNAS."""
+    return backbone.startswith(SUPERNET)
 
 
 def _require(condition: bool, key: str, must: str, value: object) -> None:
@@ -122,6 +130,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Added to the variances of the backbone's batch norms (0 in torchvision's published
     detectors)."""
+    norm_momentum: float = 0.1
+    """Share of a batch in the running statistics of all batch norms (DetNAS: 0.1 for supernets,
+    0.01 for single networks)."""
     frozen_stages: int = 0
     """Stages of the backbone that stay fixed: 0 none, 1 the stem (DetNet), 2 stem and conv2."""
     neck_channels: int = 256
@@ -135,6 +146,9 @@ class ModelConfig:
         _one_of("model.scales", self.scales, SCALES)
         _one_of("model.head_norm", self.head_norm, ("none", "bn", "sync_bn", "gn"))
         _require(self.norm_eps >= 0, "model.norm_eps", "zero or more", self.norm_eps)
+        _require(
+            0 < self.norm_momentum <= 1, "model.norm_momentum", "in (0, 1]", self.norm_momentum
+        )
         _require(0 <= self.frozen_stages <= 6, "model.frozen_stages", "in 0..6", self.frozen_stages)
         _require(self.neck_channels > 0, "model.neck_channels", "positive", self.neck_channels)
 
@@ -204,12 +218,16 @@ class RpnConfig:
     """As post_nms_train, when detecting."""
     nms_iou: float = 0.7
     """NMS threshold of the proposals."""
+    post_nms_scope: str = "image"
+    """When training, post_nms_train counts the proposals of each image, or those of all images of
+    one process together (batch)."""
     joint: bool = False
     """Rank and suppress all levels as one pool (DetNet) and not per level."""
     min_size: float = 0.0
     """Smallest side in input pixels of a proposal."""
 
     def __post_init__(self) -> None:
+        _one_of("rpn.post_nms_scope", self.post_nms_scope, ("image", "batch"))
         for name in ("positive_fraction", "fg_iou", "bg_iou", "nms_iou"):
             _require(0 <= getattr(self, name) <= 1, f"rpn.{name}", "in 0..1", getattr(self, name))
         for name in ("channels", "smooth_l1_beta", "min_size"):
@@ -234,6 +252,9 @@ class RpnConfig:
 class BoxConfig:
     """Box head on RoIs: features, sampling, loss and final detections."""
 
+    head: str = "2fc"
+    """Layers on RoIs of frcnn-fpn and maskrcnn-fpn: 2fc (two fully connected ones) or 4conv1fc
+    (four 3x3 convolutions, then a fully connected one)."""
     resolution: int = 7
     """Bins of RoI pooling per side."""
     sampling_ratio: int = 2
@@ -282,6 +303,7 @@ class BoxConfig:
     """Keep detections that are empty after clipping (torchvision's RetinaNet does)."""
 
     def __post_init__(self) -> None:
+        _one_of("box.head", self.head, ("2fc", "4conv1fc"))
         _one_of("box.ps_pool", self.ps_pool, ("max", "avg", "cells"))
         _one_of("box.ohem_scope", self.ohem_scope, ("image", "batch"))
         _require(self.ps_offset in (0, 0.5), "box.ps_offset", "0 or 0.5", self.ps_offset)
@@ -346,6 +368,9 @@ class RetinaConfig:
     """Focal loss: weight of positives."""
     gamma: float = 2.0
     """Focal loss: how fast easy examples fade."""
+    divisor: str = "positives"
+    """Focal loss: divided by the positive anchors (positives), or by these and the images together
+    (positives+images, DetNAS)."""
     prior: float = 0.01
     """Score of every class before training."""
     smooth_l1_beta: float = 0.11
@@ -355,6 +380,7 @@ class RetinaConfig:
 
     def __post_init__(self) -> None:
         _one_of("retina.p6_from", self.p6_from, ("c5", "p5"))
+        _one_of("retina.divisor", self.divisor, ("positives", "positives+images"))
         for name in ("fg_iou", "bg_iou", "alpha"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"retina.{name}", "in 0..1", value)
@@ -423,6 +449,49 @@ class ScalesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """A search space of one's own, for the backbones `detnas-supernet` (its supernet) and
+    `detnas:<name>:<genes>` (one network); stages are those that give c2, c3, ...
+    """
+
+    name: str = ""
+    """What backbones and messages call it; empty where there is none."""
+    blocks: tuple[int, ...] = ()
+    """Blocks of each stage; the first one of a stage halves the map."""
+    stem: int = 0
+    """Channels of the 3x3 stem of stride 2."""
+    channels: tuple[int, ...] = ()
+    """Channels of each stage: even, and more than before."""
+    last: int = 0
+    """Channels of a classifier's last 1x1 convolution."""
+    ops: tuple[str, ...] = ("shuffle3", "shuffle5", "shuffle7", "xception")
+    """Blocks that genes 0, 1, ... stand for."""
+    shuffle: int = 2
+    """Convention of the channel shuffle: 1 (two groups interleaved, then halves) or 2 (even and odd
+    channels)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NasConfig:
+    """Training of supernets (DetNAS)."""
+
+    sampling: str = "uniform"
+    """Path of a step: uniform, or macs-bins (the released code's, for the small space alone)."""
+    search_images: int = 5000
+    """Training images held out for the search, at most a fifth of the split; detectors only."""
+    eval_paths: int = 3
+    """Paths, drawn from the seed, whose mean metric evaluates a supernet; 0 evaluates nothing."""
+    eval_calibration: int = 50
+    """Batches that the norms of a path are averaged over before it is evaluated."""
+
+    def __post_init__(self) -> None:
+        _one_of("nas.sampling", self.sampling, ("uniform", "macs-bins"))
+        for name in ("search_images", "eval_calibration"):
+            _require(getattr(self, name) > 0, f"nas.{name}", "positive", getattr(self, name))
+        _require(self.eval_paths >= 0, "nas.eval_paths", "zero or more", self.eval_paths)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images, and how they reach the network."""
 
@@ -462,7 +531,9 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """RGB mean subtracted from images in 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """RGB deviation images are divided by."""
+    """RGB deviation images are divided by (1/255 leaves values in 0..255)."""
+    channels: str = "rgb"
+    """Order in which the network gets red, green and blue: rgb or bgr."""
     resize: str = "antialias"
     """Detectors: antialias (bilinear, as wide as the step when shrinking), or torchvision (its
     detectors' own: pixels are normalised first, bilinear without antialias, sides rounded down)."""
@@ -472,6 +543,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _one_of("data.on_bad_image", self.on_bad_image, ("skip", "fail"))
         _one_of("data.resize", self.resize, ("antialias", "torchvision"))
+        _one_of("data.channels", self.channels, ("rgb", "bgr"))
         _require(
             self.train_long_side >= 0, "data.train_long_side", "zero or more", self.train_long_side
         )
@@ -558,7 +630,9 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay."""
     norm_decay: bool = True
-    """Decay norm weights and biases too."""
+    """Decay norm weights and biases too; false leaves the weights of more than one dimension."""
+    bias_decay: bool = True
+    """Decay biases, those of norms among them; norm_decay = false decays none of them."""
     bias_lr_factor: float = 1.0
     """Learning-rate factor of biases."""
     warmup_steps: int = 500
@@ -566,7 +640,7 @@ class OptimConfig:
     warmup_factor: float = 1 / 3
     """Share of the learning rate at the first step."""
     schedule: str = "step"
-    """step or cosine."""
+    """step, cosine, or linear to 0."""
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)
     """Shares of the schedule after which the rate is multiplied by gamma."""
     gamma: float = 0.1
@@ -574,7 +648,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _one_of("optim.name", self.name, ("sgd", "adamw"))
-        _one_of("optim.schedule", self.schedule, ("step", "cosine"))
+        _one_of("optim.schedule", self.schedule, ("step", "cosine", "linear"))
         for name in ("lr", "weight_decay", "warmup_steps"):
             _require(getattr(self, name) >= 0, f"optim.{name}", "zero or more", getattr(self, name))
         _require(
@@ -605,6 +679,80 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Search over the paths of a trained supernet (DetNAS, section 3.3)."""
+
+    method: str = "evolution"
+    """evolution, or random: the baseline of as many evaluations."""
+    fitness: str = "detection"
+    """detection: eval.metric of the fine-tuned supernet on held-out images; classification: top-1
+    of the pre-trained one."""
+    population: int = 50
+    """Networks evaluated per generation."""
+    generations: int = 20
+    """Generations, the first and random one included."""
+    parents: int = 10
+    """Best networks so far that offspring is made of."""
+    mutants: int = -1
+    """Largest number of mutants per generation; -1 takes two fifths of the population."""
+    crossovers: int = -1
+    """Largest number of crosses per generation, -1 as above; random networks fill the rest."""
+    mutation_prob: float = 0.1
+    """Chance of each gene of a mutant to be drawn again."""
+    seed: int = 0
+    """Seed of all proposals; the images follow from the supernet's train.seed."""
+    max_macs: int = 0
+    """Most multiply-adds of stem and blocks for one image of 224x224; 0 for no limit."""
+    max_latency_ms: float = 0.0
+    """Longest time of stem and blocks for one image, as a table of measured blocks adds up; 0 for
+    no limit."""
+    latency_device: str = "cpu"
+    """Where the table is measured: cpu or cuda."""
+    calibration_steps: int = 500
+    """Batches that the norms' statistics of each network are measured on."""
+    calibration_batch: int = 8
+    """Images in each of them, from the supernet's training images."""
+    calibration_momentum: float = 0.0
+    """0 averages all batches alike; else the share of the newest in a running average."""
+    batch_size: int = 8
+    """Images detected at once; only those of one padded size go together."""
+    cache_mib: int = 8192
+    """Memory of each process for decoded and resized images; what does not fit is read again for
+    every network."""
+    retries: int = 1
+    """How often an evaluation that broke off is tried again before it counts as failed."""
+    early_stop: float = 0.0
+    """Share of the images after which a hopeless network is dropped; 0 never drops one."""
+    early_quantile: float = 0.5
+    """Hopeless: its metric so far is below this quantile of earlier generations' ..."""
+    early_margin: float = 0.02
+    """... by more than this."""
+
+    def __post_init__(self) -> None:
+        _one_of("search.method", self.method, ("evolution", "random"))
+        _one_of("search.fitness", self.fitness, ("detection", "classification"))
+        _one_of("search.latency_device", self.latency_device, ("cpu", "cuda"))
+        for name in ("population", "generations", "parents", "calibration_steps", "batch_size"):
+            _require(getattr(self, name) > 0, f"search.{name}", "positive", getattr(self, name))
+        for name in ("seed", "max_macs", "max_latency_ms", "cache_mib", "retries", "early_margin"):
+            value = getattr(self, name)
+            _require(value >= 0, f"search.{name}", "zero or more", value)
+        for name in ("mutants", "crossovers"):
+            value = getattr(self, name)
+            _require(value >= -1, f"search.{name}", "zero or more, or -1", value)
+        for name in ("mutation_prob", "calibration_momentum", "early_quantile"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"search.{name}", "in 0..1", value)
+        _require(0 <= self.early_stop < 1, "search.early_stop", "in [0, 1)", self.early_stop)
+        _require(
+            self.calibration_batch > 1,
+            "search.calibration_batch",
+            "two or more",
+            self.calibration_batch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that defines a run; stored resolved in the run folder and in each checkpoint."""
 
@@ -616,10 +764,13 @@ class Config:
     retina: RetinaConfig = field(default_factory=RetinaConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     scales: ScalesConfig = field(default_factory=ScalesConfig)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    nas: NasConfig = field(default_factory=NasConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 def to_plain(config: Config) -> dict[str, dict[str, Any]]:
@@ -711,7 +862,13 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe_path(name: str) -> Path:
-    """File of a recipe; raises ConfigError with the nearest name."""
+    """File of a shipped recipe, or of one's own where the name ends in ``.toml``.
+
+    Raises:
+        ConfigError: an unknown name; says the nearest one.
+    """
+    if name.endswith(".toml"):
+        return Path(name)
     known = recipes()
     if name not in known:
         raise ConfigError(
@@ -737,7 +894,28 @@ def resolve(
     for layer in layers:
         config = from_plain(layer, config)
     _refuse_unused(to_plain(start), to_plain(config))
+    _refuse_unused_nas(config)
     return config
+
+
+def _refuse_unused_nas(config: Config) -> None:
+    """Refuse the tables of DetNAS where the backbone has no use for them."""
+    backbone = config.model.backbone
+    if config.nas != NasConfig() and not is_supernet(backbone):
+        changed = [k for k, v in to_plain(config)["nas"].items() if v != getattr(NasConfig(), k)]
+        raise ConfigError(
+            f"nas.{changed[0]}: must stay as it is for {backbone}, which is no supernet, "
+            f"got {getattr(config.nas, changed[0])!r}"
+        )
+    own = backbone.split(":")[0] == SUPERNET or backbone.split(":")[:2] == [
+        "detnas",
+        config.space.name,
+    ]
+    if config.space != SpaceConfig() and not own:
+        raise ConfigError(
+            f"space: must be left out for {backbone}, which is not of it, got a space "
+            f"{config.space.name!r}; its backbones are {SUPERNET} and detnas:<name>:<genes>"
+        )
 
 
 def _refuse_unused(start: dict[str, dict[str, Any]], config: dict[str, dict[str, Any]]) -> None:

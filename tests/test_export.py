@@ -111,6 +111,7 @@ def test_dense_inference_is_that_of_the_detector(name: str) -> None:
     [
         ("frcnn-fpn", {"rpn": {"joint": True, "min_size": 10.0}}),
         ("frcnn-fpn", {"box": {"class_agnostic": True, "min_size": 12.0}}),
+        ("frcnn-fpn", {"model": {"head_norm": "bn"}, "box": {"head": "4conv1fc"}}),
         ("retinanet", {"box": {"keep_empty": True}, "anchors": {"measured_strides": True}}),
     ],
 )

@@ -34,10 +34,13 @@ ALLOWED = {
     "report": METHODS | DATA | ENGINE | {"deploy", "report"},
 }
 ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
-ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading"}
+ALLOWED["prediction"] = METHODS | DATA | ENGINE | {"report", "prediction"}
+ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading", "prediction"}
+ALLOWED["supernet"] = set(ALLOWED) | {"supernet"}
 ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
+ALLOWED["reporting"] = set(ALLOWED) | {"reporting"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 FREE_OF_TORCH = ("detkit/__init__.py", "detkit/config.py", "detkit/errors.py", "cli")
 HEAVY = ("torch", "detkit.types", "detkit.ops", "detkit.models", "detkit.data", "detkit.engine")

@@ -115,8 +115,9 @@ def test_cost_of_a_whole_detector(
 
 
 @pytest.mark.parametrize("norm", ["none", "bn", "sync_bn", "gn"])
-def test_head_norms(norm: str) -> None:
-    model = build_detector(config(model={"head_norm": norm}), CLASSES)
+@pytest.mark.parametrize("head", ["2fc", "4conv1fc"])
+def test_head_norms(norm: str, head: str) -> None:
+    model = build_detector(config(model={"head_norm": norm}, box={"head": head}), CLASSES)
     total(model(batch(*some()))).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert (model.neck.lateral.p3.conv.bias is None) == (norm != "none")
@@ -126,6 +127,27 @@ def test_head_norms(norm: str) -> None:
     assert empty[0].shape == (0, CLASSES + 1)
 
 
+def test_four_convolutions_then_one_layer() -> None:
+    """Each convolution is normalised before its ReLU, the fully connected layer is not."""
+    detector = build_detector(
+        config(model={"head_norm": "bn"}, box={"head": "4conv1fc", "channels": 20}), CLASSES
+    )
+    predictor = detector.head.eval().predictor
+    for norm in (m for m in predictor.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+    x = pooled = torch.randn(5, 16, 7, 7)
+    assert len(predictor.convs) == 4
+    for conv in predictor.convs:
+        assert conv.conv.kernel_size == (3, 3) and conv.conv.out_channels == 16
+        x = torch.relu(conv.norm(torch.conv2d(x, conv.conv.weight, padding=1)))
+    x = torch.relu(x.flatten(1) @ predictor.fc.weight.T + predictor.fc.bias)
+    logits, deltas = predictor(pooled)
+    torch.testing.assert_close(logits, predictor.classes(x))
+    torch.testing.assert_close(deltas.flatten(1), predictor.boxes(x))
+    assert x.shape == (5, 20) and deltas.shape == (5, CLASSES, 4)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -133,6 +155,8 @@ def test_head_norms(norm: str) -> None:
         {"box": {"roi_max_level": 6, "sampling_ratio": 0}},
         {"rpn": {"joint": True, "channels": 8}},
         {"rpn": {"drop_straddling": True, "min_size": 4}},
+        {"rpn": {"post_nms_scope": "batch", "post_nms_train": 5}},
+        {"box": {"head": "4conv1fc", "class_agnostic": True}},
     ],
     ids=str,
 )
@@ -170,6 +194,12 @@ def test_classifier_learns_from_the_last_map() -> None:
         ({"model": {"detector": "frcn-fpn"}}, "did you mean 'frcnn-fpn'"),
         ({"model": {"backbone": "detnet-59"}}, "did you mean 'detnet59'"),
         ({"anchors": {"sizes": [8, 16]}}, "anchors.sizes: must be one side for each of p2, p3"),
+        ({"box": {"head": "4conv2fc"}}, "box.head: must be one of 2fc, 4conv1fc"),
+        ({"box": {"head": "4conv1fc", "channels": 0}}, "box.channels: must be positive"),
+        (
+            {"model": {"detector": "light-head-fpn"}, "box": {"head": "4conv1fc"}},
+            "box.head: must stay '2fc' for light-head-fpn, which does not use it",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> None:
@@ -361,6 +391,22 @@ def test_proposals_are_clipped_kept_apart_by_level_and_limited() -> None:
         assert boxes[:, [1, 3]].max() <= 90 and boxes[:, [0, 2]].max() <= 119
     only = model.rpn.proposals(output, data.sizes, 1, 50)
     assert all(len(boxes) <= 5 for boxes in only)  # one of each level
+
+
+def test_proposals_of_a_batch_are_the_best_of_all_its_images() -> None:
+    model = build_detector(config(), CLASSES).eval()
+    data = batch(*some())
+    output = model.rpn(model.features(data.images))
+    output.logits = torch.randn_like(output.logits)
+    output.logits[1] -= 2  # the second image has fewer of the best
+    output.deltas = torch.zeros_like(output.deltas)
+    each = model.rpn.proposals(output, data.sizes, 20, 1000)
+    assert min(map(len, each)) > 10
+    joined = model.rpn.proposals(output, data.sizes, 20, 30, "batch")
+    counts = [len(boxes) for boxes in joined]
+    assert sum(counts) == 30 and counts[0] > counts[1]
+    for boxes, best in zip(joined, each, strict=True):
+        assert torch.equal(boxes, best[: len(boxes)])
 
 
 def test_the_padded_border_of_a_batch_gives_no_boxes_outside_an_image() -> None:

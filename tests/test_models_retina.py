@@ -150,9 +150,11 @@ def test_focal_loss_and_its_gradient_are_finite_for_any_logit(gamma: float) -> N
     assert loss.isfinite().all() and logits.grad is not None and logits.grad.isfinite().all()
 
 
-def test_losses_by_hand() -> None:
+@pytest.mark.parametrize(("divisor", "count"), [("positives", 1), ("positives+images", 2)])
+def test_losses_by_hand(divisor: str, count: int) -> None:
     """Three anchors: one on the truth, one between the thresholds, one away from it."""
-    model = build(retina={"smooth_l1_beta": 0.0}, box={"regression_weight": 2.0})
+    retina = {"smooth_l1_beta": 0.0, "divisor": divisor}
+    model = build(retina=retina, box={"regression_weight": 2.0})
     anchors = torch.tensor([[10.0, 10, 30, 30], [10, 10, 30, 19], [60, 60, 80, 80]])
     logits = torch.randn(1, 3, CLASSES)
     deltas = torch.randn(1, 3, 4)
@@ -162,8 +164,19 @@ def test_losses_by_hand() -> None:
     wanted = 0.25 * (1 - p[0, 1]) ** 2 * -p[0, 1].log()
     others = torch.cat([p[0, [0, 2]], p[2]])
     wanted = wanted + (0.75 * others**2 * -(1 - others).log()).sum()
-    torch.testing.assert_close(found["retina_class"], wanted)
+    torch.testing.assert_close(found["retina_class"], wanted / count)
     torch.testing.assert_close(found["retina_box"], 2 * deltas[0, 0].abs().sum())
+
+
+def test_images_without_objects_count_in_the_divisor_alone() -> None:
+    model = build(retina={"divisor": "positives+images"})
+    anchors = torch.tensor([[10.0, 10, 30, 30], [60, 60, 80, 80]])
+    output = RetinaOutput(torch.randn(2, 2, CLASSES), torch.zeros(2, 2, 4), anchors, [2])
+    found = model.head.losses(output, [target([], [])] * 2)
+    p = output.logits.sigmoid()
+    wanted = (0.75 * p**2 * -(1 - p).log()).sum() / 2
+    torch.testing.assert_close(found["retina_class"], wanted)
+    assert found["retina_box"] == 0
 
 
 def test_anchors_inside_a_crowd_are_no_background() -> None:

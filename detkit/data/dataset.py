@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class DetectionDataset:
         masks: Whether targets carry masks.
         max_pixels: Pixel limit of one image.
         on_bad_image: What the loader does with a file that turns out damaged: ``skip`` or ``fail``.
-        pixels: (I, H, W, 3) uint8 where the images live in memory.
+        pixels: (H, W, 3) uint8 of each image that lives in memory, None for one in a file; None
+            where all are in files.
         damaged: Indices of images that failed while loading.
     """
 
@@ -41,7 +43,7 @@ class DetectionDataset:
     masks: bool = False
     max_pixels: int = 178_956_970
     on_bad_image: str = "skip"
-    pixels: NDArray[np.uint8] | None = None
+    pixels: Sequence[NDArray[np.uint8] | None] | NDArray[np.uint8] | None = None
     damaged: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
@@ -64,10 +66,13 @@ class DetectionDataset:
 
     def path(self, index: int) -> Path | None:
         """File of image ``index``; None where it lives in memory."""
-        if self.pixels is not None:
+        if self._pixels(index) is not None:
             return None
         root = self.roots[int(self.records.roots[index])]
         return root / str(self.records.files[index])
+
+    def _pixels(self, index: int) -> NDArray[np.uint8] | None:
+        return None if self.pixels is None else self.pixels[index]
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of image ``index`` in the pixel grid of its boxes."""
@@ -85,12 +90,21 @@ class DetectionDataset:
         Raises:
             ImageFileError: the file is gone or damaged.
         """
-        if self.pixels is not None:
-            return Image.fromarray(self.pixels[index])
+        pixels = self._pixels(index)
+        if pixels is not None:
+            return Image.fromarray(pixels)
         path = self.roots[int(self.records.roots[index])] / self.records.files[index]
         as_stored = bool(self.records.as_stored[index])
         image = load_image(path, self.max_pixels, as_stored=as_stored, at_least=at_least)
         return _same_size(image, self.size(index), path)
+
+    def take(self, indices: Sequence[int]) -> DetectionDataset:
+        """A set of the images ``indices`` alone, in that order; its report starts empty."""
+        report = Report(images=len(indices))
+        pixels = None if self.pixels is None else [self.pixels[i] for i in indices]
+        return replace(
+            self, records=self.records.take(indices), report=report, pixels=pixels, damaged=set()
+        )
 
     def truth(self) -> dict[str, list[dict[str, Any]]]:
         """The split as normalised COCO ground truth: ``images``, ``annotations``, ``categories``.

@@ -67,7 +67,7 @@ def train_batches(
         )
     plan = TrainPlan(dataset, config)
     keys = train_keys(plan, start_step, rank, world, parts)
-    batches = _load(_Fetcher(dataset, config, training=True), keys, dataset, config.data.workers)
+    batches = load(Fetcher(dataset, config, training=True), keys, dataset, config.data.workers)
     return _grouped(batches, parts)
 
 
@@ -92,7 +92,7 @@ def eval_batches(
         for k in range(0, len(indices), batch_size)
     ]
     workers = min(config.data.workers, len(keys))
-    return _load(_Fetcher(dataset, config, training=False), keys, dataset, workers)
+    return load(Fetcher(dataset, config, training=False), keys, dataset, workers)
 
 
 def _grouped(batches: Iterator[Any], parts: int) -> Iterator[list[Any]]:
@@ -101,7 +101,7 @@ def _grouped(batches: Iterator[Any], parts: int) -> Iterator[list[Any]]:
 
 
 @dataclass
-class _Loaded:
+class Loaded:
     """A batch on its way from a worker, with what went wrong.
 
     Each tensor costs an open file between processes, so only the big ones are tensors yet.
@@ -121,7 +121,7 @@ class _Loaded:
     failure: str = ""
 
 
-class _Fetcher(Dataset[_Loaded]):
+class Fetcher(Dataset[Loaded]):
     """Turns a list of keys into a padded batch; runs in the workers."""
 
     def __init__(self, dataset: AnyDataset, config: Config, *, training: bool) -> None:
@@ -133,8 +133,8 @@ class _Fetcher(Dataset[_Loaded]):
                 f"data.resize: must be antialias for classifiers, got {config.data.resize!r}"
             )
 
-    def __getitems__(self, keys: list[Key]) -> _Loaded:
-        loaded = _Loaded()
+    def __getitems__(self, keys: list[Key]) -> Loaded:
+        loaded = Loaded()
         try:
             self._fill(loaded, keys)
         except (
@@ -143,14 +143,18 @@ class _Fetcher(Dataset[_Loaded]):
             loaded.failure = str(error)
         return loaded
 
-    def _fill(self, loaded: _Loaded, keys: list[Key]) -> None:
-        views = []
-        for key in keys:
-            view = self._view(key, loaded)
-            if view is not None:
-                views.append(view)
-        if not views:
-            return
+    def _fill(self, loaded: Loaded, keys: Sequence[Key]) -> None:
+        views = self.views(keys, loaded)
+        if views:
+            self.place(views, loaded)
+
+    def views(self, keys: Sequence[Key], loaded: Loaded) -> list[Image]:
+        """Pixels of the samples that can be read, before normalisation; the rest in ``loaded``."""
+        views = [self._view(key, loaded) for key in keys]
+        return [view for view in views if view is not None]
+
+    def place(self, views: Sequence[Image], loaded: Loaded) -> None:
+        """Normalise ``views`` into a padded batch, ``loaded.images``."""
         if isinstance(self.dataset, DetectionDataset):
             multiple = self.config.data.pad_multiple
             height, width = (
@@ -162,13 +166,13 @@ class _Fetcher(Dataset[_Loaded]):
         rows = zip(loaded.images, views, loaded.sizes, loaded.shifts, strict=True)
         for out, view, size, shift in rows:
             mean = np.subtract(self.config.data.mean, shift).tolist()  # a shift of all pixels
-            std = self.config.data.std
+            std, channels = self.config.data.std, self.config.data.channels
             if self.config.data.resize == "torchvision":
-                transforms.normalise_then_resize_into(out, view, size, mean, std)
+                transforms.normalise_then_resize_into(out, view, size, mean, std, channels)
             else:
-                transforms.normalise_into(out, view, mean, std)
+                transforms.normalise_into(out, view, mean, std, channels)
 
-    def _view(self, key: Key, loaded: _Loaded) -> Any:
+    def _view(self, key: Key, loaded: Loaded) -> Image | None:
         """Pixels of one sample, its truth appended to ``loaded``; None where it is left out.
 
         Training takes the next image in the place of a damaged one, evaluation none.
@@ -188,12 +192,12 @@ class _Fetcher(Dataset[_Loaded]):
             )
         return None
 
-    def _sample(self, key: Key, loaded: _Loaded) -> Any:
+    def _sample(self, key: Key, loaded: Loaded) -> Image:
         if isinstance(self.dataset, DetectionDataset):
             return self._detection(self.dataset, key, loaded)
         return self._classification(self.dataset, key, loaded)
 
-    def _detection(self, dataset: DetectionDataset, key: Key, loaded: _Loaded) -> Any:
+    def _detection(self, dataset: DetectionDataset, key: Key, loaded: Loaded) -> Image:
         data = self.config.data
         source = dataset.size(key.index)
         boxes = dataset.records.boxes(key.index)
@@ -223,7 +227,7 @@ class _Fetcher(Dataset[_Loaded]):
         loaded.original_sizes.append(source)
         return image
 
-    def _recoloured(self, rng: Generator, image: Image, loaded: _Loaded) -> Image:
+    def _recoloured(self, rng: Generator, image: Image, loaded: Loaded) -> Image:
         """``image`` in the colours of its view, but for a shift that goes to ``loaded``."""
         data = self.config.data
         if self.training and data.color_jitter:
@@ -238,7 +242,7 @@ class _Fetcher(Dataset[_Loaded]):
         index: int,
         geometry: transforms.Geometry,
         boxes: NDArray[np.float64],
-        loaded: _Loaded,
+        loaded: Loaded,
     ) -> None:
         r, span = dataset.records, dataset.records.of_image(index)
         left, enough = transforms.still_visible(geometry, boxes)
@@ -255,7 +259,7 @@ class _Fetcher(Dataset[_Loaded]):
                 mask[:] = geometry.mask(r.segmentations[int(a)])
             loaded.masks.append(torch.from_numpy(masks))
 
-    def _classification(self, dataset: ClassificationDataset, key: Key, loaded: _Loaded) -> Any:
+    def _classification(self, dataset: ClassificationDataset, key: Key, loaded: Loaded) -> Image:
         data = self.config.data
         source = dataset.size(key.index)
         rng = view_chance(self.config.train.seed, key.epoch, key.index)
@@ -283,8 +287,8 @@ class _Keys:
         return iter(self.keys)
 
 
-def _load(
-    fetcher: _Fetcher, keys: Iterable[list[Key]], dataset: AnyDataset, workers: int
+def load(
+    fetcher: Fetcher, keys: Iterable[list[Key]], dataset: AnyDataset, workers: int
 ) -> Iterator[AnyBatch]:
     """Batches in the order of ``keys``; the workers end when the iterator is closed or dropped."""
     loader = DataLoader(
@@ -299,12 +303,12 @@ def _load(
         if loaded.failure:
             raise DataError(loaded.failure)
         for index, problem in loaded.problems:
-            _note(dataset, index, problem)
+            note(dataset, index, problem)
         if loaded.images is not None:
-            yield _finished(loaded, loaded.images, isinstance(dataset, DetectionDataset))
+            yield finished(loaded, loaded.images, isinstance(dataset, DetectionDataset))
 
 
-def _surviving(batches: Iterator[_Loaded]) -> Iterator[_Loaded]:
+def _surviving(batches: Iterator[Loaded]) -> Iterator[Loaded]:
     """``batches``; a worker that was killed from outside is an error of ours, not of torch's."""
     while True:
         try:
@@ -332,7 +336,7 @@ def _init_worker(_: int) -> None:
         os.setpgrp()
 
 
-def _note(dataset: AnyDataset, index: int, problem: ImageFileError) -> None:
+def note(dataset: AnyDataset, index: int, problem: ImageFileError) -> None:
     """Report a file that turned out damaged, once."""
     if index in dataset.damaged:
         return
@@ -342,7 +346,8 @@ def _note(dataset: AnyDataset, index: int, problem: ImageFileError) -> None:
     _log.warning("left out: %s", problem)
 
 
-def _finished(loaded: _Loaded, images: Tensor, detection: bool) -> AnyBatch:
+def finished(loaded: Loaded, images: Tensor, detection: bool) -> AnyBatch:
+    """The batch of ``images`` (N, 3, H, W) and what was read with them."""
     if not detection:
         labels = torch.tensor(np.array(loaded.labels, dtype=np.int64))
         return ClassificationBatch(images, labels, loaded.files)

@@ -73,21 +73,78 @@ def evaluate(
         DataError: truth or results are unusable; the message says where.
         ValueError: an unknown metric or IoU type.
     """
-    if metric not in METRICS:
-        raise ValueError(f"evaluate: metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    truth, notes = normalise_truth(truth)
-    detections, more = normalise_results(results, truth)
-    counts = {"images": len(truth["images"]), "detections": len(detections)}
-    if metric == "coco":
-        kinds = _iou_types(truth, detections) if iou_types is None else tuple(iou_types)
-        scores = _coco_scores(truth, detections, kinds, analysis, on_matches)
-        if "segm" in kinds:
-            more = more + _boxes_as_masks(truth, detections)
-    else:
-        boxed = [{**d, "bbox": _box(d, _sizes(truth))} for d in detections]
-        voc = evaluate_voc(truth, boxed, year=2007 if metric == "voc07" else 2012)
-        scores = {metric: {"mAP": voc["mAP"]}, "per_class": voc["per_class"]}
-    return {**scores, **counts, "normalised": notes + more}
+    return Scorer(truth, metric=metric, iou_types=iou_types)(
+        results, analysis=analysis, on_matches=on_matches
+    )
+
+
+class Scorer:
+    """Many lists of detections against one truth, which is made ready once.
+
+    Args:
+        truth: as of :func:`evaluate`.
+        metric: as of :func:`evaluate`.
+        iou_types: as of :func:`evaluate`.
+
+    Raises:
+        DataError: the truth is unusable; the message says where.
+        ValueError: an unknown metric or IoU type.
+    """
+
+    def __init__(
+        self, truth: Record, *, metric: str = "coco", iou_types: Sequence[str] | None = None
+    ) -> None:
+        if metric not in METRICS:
+            known = ", ".join(METRICS)
+            raise ValueError(f"evaluate: metric must be one of {known}, got {metric!r}")
+        if iou_types is not None and not (iou_types and set(iou_types) <= {"bbox", "segm"}):
+            raise ValueError(f"evaluate: iou_types must be bbox and/or segm, got {iou_types}")
+        self._metric = metric
+        self._kinds = iou_types
+        self._truth, self._notes = normalise_truth(truth)
+        self._known: dict[str, _Known] = {}
+
+    def __call__(
+        self,
+        results: Sequence[Record],
+        *,
+        analysis: bool = False,
+        on_matches: OnMatches | None = None,
+    ) -> Record:
+        """Scores of ``results``, as :func:`evaluate` gives them."""
+        truth = self._truth
+        detections, more = normalise_results(results, truth)
+        counts = {"images": len(truth["images"]), "detections": len(detections)}
+        if self._metric == "coco":
+            kinds = _iou_types(truth, detections) if self._kinds is None else tuple(self._kinds)
+            scores = self._coco_scores(detections, kinds, analysis, on_matches)
+            if "segm" in kinds:
+                more = more + _boxes_as_masks(truth, detections)
+        else:
+            boxed = [{**d, "bbox": _box(d, _sizes(truth))} for d in detections]
+            voc = evaluate_voc(truth, boxed, year=2007 if self._metric == "voc07" else 2012)
+            scores = {self._metric: {"mAP": voc["mAP"]}, "per_class": voc["per_class"]}
+        return {**scores, **counts, "normalised": self._notes + more}
+
+    def _coco_scores(
+        self,
+        detections: list[Record],
+        kinds: tuple[str, ...],
+        analysis: bool,
+        on_matches: OnMatches | None,
+    ) -> Record:
+        for kind in kinds:
+            if kind not in self._known:
+                self._known[kind] = _Known(self._truth, kind)
+        known = {kind: self._known[kind] for kind in kinds}
+        tables = {k: known[k].tables(detections, on_matches=on_matches) for k in kinds}
+        scores: Record = {kind: numbers(table) for kind, table in tables.items()}
+        names = [c["name"] for c in sorted(self._truth["categories"], key=lambda c: c["id"])]
+        scores["per_class"] = per_class(tables[kinds[0]], names)
+        if analysis:
+            agnostic = known[kinds[0]].tables(detections, use_categories=False)
+            scores["analysis"] = analyse(tables[kinds[0]], agnostic)
+        return scores
 
 
 def _iou_types(truth: Record, detections: list[Record]) -> tuple[str, ...]:
@@ -102,52 +159,75 @@ def _boxes_as_masks(truth: Record, detections: list[Record]) -> list[str]:
     return [f"{k} without a mask, their box taken as one: {n}" for k, n in lacking.items() if n]
 
 
-def _coco_scores(
-    truth: Record,
-    detections: list[Record],
-    kinds: tuple[str, ...],
-    analysis: bool,
-    on_matches: OnMatches | None,
-) -> Record:
-    if not kinds or not set(kinds) <= {"bbox", "segm"}:
-        raise ValueError(f"evaluate: iou_types must be bbox and/or segm, got {kinds}")
-    tables = {kind: _tables(truth, detections, kind, on_matches=on_matches) for kind in kinds}
-    scores: Record = {kind: numbers(table) for kind, table in tables.items()}
-    names = [c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])]
-    scores["per_class"] = per_class(tables[kinds[0]], names)
-    if analysis:
-        agnostic = _tables(truth, detections, kinds[0], use_categories=False)
-        scores["analysis"] = analyse(tables[kinds[0]], agnostic)
-    return scores
+class _Known:
+    """The truth as pycocotools wants it, all ids counted from 1.
 
-
-def _tables(
-    truth: Record,
-    detections: list[Record],
-    kind: str,
-    use_categories: bool = True,
-    on_matches: OnMatches | None = None,
-) -> dict[str, Array]:
-    """Precision (T, R, K, A, M) and recall (T, K, A, M) by pycocotools; -1 where there is no truth.
-
-    T IoU thresholds .5:.05:.95, R recall points 0:.01:1, K classes in order of category id (a
-    single one where categories do not count), A areas all, small, medium, large, M most detections
-    1, 10, 100 (100 alone where categories do not count).
+    Images and categories keep the order of their ids, which decides between equal scores.
     """
-    from pycocotools.cocoeval import COCOeval
 
-    images, known, found = _renumbered(truth, detections, kind)
-    names = [{"id": k} for k in range(1, len(truth["categories"]) + 1)]
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports there, which may be our JSON
-        scorer = COCOeval(_coco(images, known, names), _coco(images, found, names), kind)
-        if not use_categories:
-            scorer.params.useCats = 0
-            scorer.params.maxDets = [100]
-        scorer.evaluate()
-        scorer.accumulate()
-    if on_matches is not None:
-        on_matches(kind, scorer.evalImgs)
-    return {key: scorer.eval[key] for key in ("precision", "recall")}
+    def __init__(self, truth: Record, kind: str) -> None:
+        order = sorted(
+            (image["id"] for image in truth["images"]), key=lambda i: (isinstance(i, str), i)
+        )
+        self.kind = kind
+        self.image_ids = {image: n for n, image in enumerate(order, 1)}
+        categories = sorted(c["id"] for c in truth["categories"])
+        self.category_ids = {c: k for k, c in enumerate(categories, 1)}
+        self.sizes = sizes = _sizes(truth)
+        self.names = [{"id": k} for k in range(1, len(categories) + 1)]
+        self.images = [
+            {"id": n, "height": sizes[i][0], "width": sizes[i][1]} if i in sizes else {"id": n}
+            for i, n in self.image_ids.items()
+        ]
+        rows = [self._row(n, a) for n, a in enumerate(truth["annotations"], 1)]
+        self.coco = _coco(self.images, rows, self.names)
+
+    def tables(
+        self,
+        detections: list[Record],
+        use_categories: bool = True,
+        on_matches: OnMatches | None = None,
+    ) -> dict[str, Array]:
+        """Precision (T, R, K, A, M) and recall (T, K, A, M); -1 where there is no truth.
+
+        T IoU thresholds .5:.05:.95, R recall points 0:.01:1, K classes in order of category id (a
+        single one where categories do not count), A areas all, small, medium, large, M most
+        detections 1, 10, 100 (100 alone where categories do not count).
+        """
+        from pycocotools.cocoeval import COCOeval
+
+        found = [self._detection(n, d) for n, d in enumerate(detections, 1)]
+        coco = _coco(self.images, found, self.names)
+        with _quiet():
+            scorer = COCOeval(self.coco, coco, self.kind)
+            if not use_categories:
+                scorer.params.useCats = 0
+                scorer.params.maxDets = [100]
+            scorer.evaluate()
+            scorer.accumulate()
+        if on_matches is not None:
+            on_matches(self.kind, scorer.evalImgs)
+        return {key: scorer.eval[key] for key in ("precision", "recall")}
+
+    def _row(self, n: int, record: Record) -> Record:
+        box = _box(record, self.sizes)
+        new = {
+            "id": n,
+            "image_id": self.image_ids[record["image_id"]],
+            "category_id": self.category_ids[record["category_id"]],
+            "bbox": box,
+            "area": record.get("area", box[2] * box[3]),
+            "iscrowd": record.get("iscrowd", 0),
+        }
+        if self.kind == "segm":
+            new["segmentation"] = _mask(record, box, self.sizes)
+        return new
+
+    def _detection(self, n: int, record: Record) -> Record:
+        own = {k: v for k, v in record.items() if k not in ("area", "iscrowd")}
+        if not own.get("bbox"):
+            own["area"] = _mask_area(own, self.sizes)
+        return {**self._row(n, own), "score": record["score"]}
 
 
 def _coco(images: list[Record], annotations: list[Record], categories: list[Record]) -> Any:
@@ -155,51 +235,14 @@ def _coco(images: list[Record], annotations: list[Record], categories: list[Reco
 
     coco = COCO()
     coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-    coco.createIndex()
+    with _quiet():
+        coco.createIndex()
     return coco
 
 
-def _renumbered(
-    truth: Record, detections: list[Record], kind: str
-) -> tuple[list[Record], list[Record], list[Record]]:
-    """Images, annotations and detections as pycocotools wants them, all ids counted from 1.
-
-    Images and categories keep the order of their ids, which decides between equal scores.
-    """
-    order = sorted(
-        (image["id"] for image in truth["images"]), key=lambda i: (isinstance(i, str), i)
-    )
-    image_ids = {image: n for n, image in enumerate(order, 1)}
-    category_ids = {c: k for k, c in enumerate(sorted(c["id"] for c in truth["categories"]), 1)}
-    sizes = _sizes(truth)
-
-    def row(n: int, record: Record) -> Record:
-        box = _box(record, sizes)
-        new = {
-            "id": n,
-            "image_id": image_ids[record["image_id"]],
-            "category_id": category_ids[record["category_id"]],
-            "bbox": box,
-            "area": record.get("area", box[2] * box[3]),
-            "iscrowd": record.get("iscrowd", 0),
-        }
-        if kind == "segm":
-            new["segmentation"] = _mask(record, box, sizes)
-        return new
-
-    def detection(n: int, record: Record) -> Record:
-        own = {k: v for k, v in record.items() if k not in ("area", "iscrowd")}
-        if not own.get("bbox"):
-            own["area"] = _mask_area(own, sizes)
-        return {**row(n, own), "score": record["score"]}
-
-    known = [row(n, a) for n, a in enumerate(truth["annotations"], 1)]
-    found = [detection(n, d) for n, d in enumerate(detections, 1)]
-    images = [
-        {"id": n, "height": sizes[i][0], "width": sizes[i][1]} if i in sizes else {"id": n}
-        for i, n in image_ids.items()
-    ]
-    return images, known, found
+def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    """Keep silent what pycocotools prints on stdout, which may be our JSON."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 Sizes = dict[int | str, tuple[int, int]]

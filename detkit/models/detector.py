@@ -63,7 +63,11 @@ class TwoStageDetector(nn.Module):
         output = self.rpn(features, image_size(batch.images))
         config: RpnConfig = self.rpn.config
         proposals = self.rpn.proposals(
-            output, batch.sizes, config.pre_nms_train, config.post_nms_train
+            output,
+            batch.sizes,
+            config.pre_nms_train,
+            config.post_nms_train,
+            config.post_nms_scope,
         )
         losses = self.rpn.losses(output, batch.targets, batch.sizes)
         samples = [

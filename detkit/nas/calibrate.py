@@ -8,7 +8,8 @@ it was: nothing is carried from one candidate to the next.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ def calibrate(
     *,
     momentum: float | None = None,
     seed: int = 0,
+    run: Callable[[Any], object] | None = None,
 ) -> Statistics:
     """Statistics of the path that ``model`` runs, from forward passes in training mode.
 
@@ -46,6 +48,7 @@ def calibrate(
         batches: On the model's device.
         momentum: None averages all batches alike; a number in (0, 1] averages exponentially.
         seed: For the sampling of RoIs and for dropout.
+        run: What to call with each batch in place of the model: a part of it that holds all norms.
 
     Returns:
         Statistics of the norms that ran; none where there is nothing to calibrate (group norms).
@@ -63,7 +66,7 @@ def calibrate(
         try:
             count = 0
             for batch in batches:
-                model(batch)
+                (run or model)(batch)
                 count += 1
         finally:
             for handle in calls.handles:

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,24 @@ from detkit.nas.work_queue import WorkQueue
 log = logging.getLogger("detkit")
 
 Evaluate = Callable[[Genes], Mapping[str, float]]
-"""Metrics of a network, the fitness among them."""
+"""Metrics of a network, the fitness among them; may raise :class:`Dropped`."""
 
 Costs = Callable[[Genes], Mapping[str, float]]
 """Numbers known without an evaluation, such as ``macs`` or ``latency_ms``."""
 
 FAILED = -math.inf
+
+
+class Dropped(Exception):  # noqa: N818 - what happened, and no error
+    """The evaluation of a hopeless network ended early.
+
+    Attributes:
+        metrics: What is known of it.
+    """
+
+    def __init__(self, metrics: Mapping[str, float]) -> None:
+        super().__init__("evaluation ended early")
+        self.metrics = metrics
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,19 @@ class Candidate:
         index: Its place in the sequence, from 0.
         generation: The generation that made it.
         genes: The network.
-        fitness: Larger is better; ``-inf`` where its evaluation failed.
+        fitness: Larger is better; ``-inf`` where its evaluation failed or was ended early.
+        metrics: All that was measured; None where it is not a finite number.
+        costs: Numbers known without an evaluation.
+        error: Why its evaluation failed, or nothing.
     """
 
     index: int
     generation: int
     genes: Genes
     fitness: float
+    metrics: Mapping[str, float | None] = field(default_factory=dict, compare=False)
+    costs: Mapping[str, float] = field(default_factory=dict, compare=False)
+    error: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,7 @@ class SearchResult:
         return self.top(1)[0]
 
     def top(self, count: int) -> list[Candidate]:
-        """The ``count`` fittest, best first; failed ones are left out."""
+        """The ``count`` fittest, best first; failed and dropped ones are left out."""
         return fittest(self.history, count)
 
     def best_so_far(self) -> list[float]:
@@ -88,7 +106,7 @@ class SearchResult:
 
 
 def fittest(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The ``count`` fittest, best first, the earlier of equals first; failed ones are left out."""
+    """The ``count`` fittest, best first, the earlier of equals first; others are left out."""
     alive = [c for c in candidates if c.fitness > FAILED]
     return sorted(alive, key=lambda c: (-c.fitness, c.index))[:count]
 
@@ -167,8 +185,10 @@ class Evaluator:
     """Evaluates the candidates of a search, generation by generation, on all processes.
 
     An evaluation that raises, or whose fitness is not a finite number, is a failure: it is logged
-    with its reason, its fitness is ``-inf``, and the search goes on. Errors that are not the
-    candidate's fault (any DetkitError but NonFiniteError) end the search; it can go on later.
+    with its reason, its fitness is ``-inf``, and the search goes on. One that broke off by an
+    exception of another kind than detkit's own may have met a passing trouble and is tried again,
+    ``retries`` times at most. Errors that are not the candidate's fault (any DetkitError but
+    NonFiniteError) end the search; it can go on later.
 
     Args:
         space: The space.
@@ -179,6 +199,8 @@ class Evaluator:
             see the same file.
         costs: Numbers that go into the line of a network beside its metrics.
         queue: Who evaluates what.
+        retries: Further tries for an evaluation that broke off.
+        on_line: Called with each line that this process has written.
     """
 
     def __init__(
@@ -189,6 +211,9 @@ class Evaluator:
         journal: Journal,
         costs: Costs,
         queue: WorkQueue,
+        *,
+        retries: int = 0,
+        on_line: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._space = space
         self._evaluate = evaluate
@@ -196,6 +221,8 @@ class Evaluator:
         self._journal = journal
         self._costs = costs
         self._queue = queue
+        self._retries = retries
+        self._on_line = on_line
         lines = json.loads(queue.share("journal", lambda: json.dumps(journal.read())))
         self._known: dict[int, dict[str, Any]] = {line["index"]: line for line in lines}
         self._count = 0
@@ -243,18 +270,39 @@ class Evaluator:
             **self._costs(genes),
         }
         try:
-            metrics = {name: float(value) for name, value in self._evaluate(genes).items()}
-            shown = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-            line |= {"fitness": self._fitness(metrics), "metrics": shown}
+            metrics = self._metrics(index, genes)
+            line |= {"fitness": self._fitness(metrics), "metrics": _shown(metrics)}
+        except Dropped as dropped:
+            line |= {"fitness": None, "metrics": _shown(dropped.metrics), "dropped": True}
         except Exception as error:
-            if isinstance(error, DetkitError) and not isinstance(error, NonFiniteError):
-                raise  # wrong settings, data, disk or a signal: not the candidate's fault
+            if _ends_the_search(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
             log.warning("candidate %d (%s) failed: %s", index, line["genes"], reason)
             line |= {"fitness": None, "metrics": {}, "error": reason}
         line |= {"seconds": time.monotonic() - begun, "rank": self._queue.rank}
         self._journal.append(line)
+        if self._on_line is not None:
+            self._on_line(line)
         return line
+
+    def _metrics(self, index: int, genes: Genes) -> dict[str, float]:
+        """Metrics of a network, tried again where the evaluation broke off."""
+        for left in reversed(range(self._retries + 1)):
+            try:
+                return {name: float(value) for name, value in self._evaluate(genes).items()}
+            except (Dropped, DetkitError):
+                raise
+            except Exception as error:
+                if not left:
+                    raise
+                log.warning(
+                    "candidate %d broke off (%s: %s), trying again",
+                    index,
+                    type(error).__name__,
+                    error,
+                )
+        raise ValueError(f"retries: must be zero or more, got {self._retries}")
 
     def _fitness(self, metrics: Mapping[str, float]) -> float:
         if self._metric not in metrics:
@@ -269,7 +317,16 @@ class Evaluator:
 
     def _candidate(self, line: Mapping[str, Any], genes: Genes) -> Candidate:
         fitness = FAILED if line["fitness"] is None else float(line["fitness"])
-        return Candidate(line["index"], line["generation"], genes, fitness)
+        costs = {name: line[name] for name in self._costs(genes) if name in line}
+        return Candidate(
+            line["index"],
+            line["generation"],
+            genes,
+            fitness,
+            line.get("metrics", {}),
+            costs,
+            line.get("error", ""),
+        )
 
     def _require_success(self, found: Sequence[Candidate]) -> None:
         self._alive = self._alive or any(c.fitness > FAILED for c in found)
@@ -279,3 +336,12 @@ class Evaluator:
                 f"search: at least one candidate must be evaluated, got {self._count} failures, "
                 f"the last one {reason}; remove {self._journal.path} to try again"
             )
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+
+
+def _ends_the_search(error: Exception) -> bool:
+    """Wrong settings, data, disk or a signal: not the candidate's fault."""
+    return isinstance(error, DetkitError) and not isinstance(error, NonFiniteError)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Protocol
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, badly exported
 from torch.distributed.distributed_c10d import Store
 
+_POLL_SECONDS = 0.05
 _CONNECT = timedelta(minutes=5)
 _WORK = timedelta(hours=24)  # one candidate may take long; who loses a process is ended by torchrun
 
@@ -55,12 +57,16 @@ class StoreQueue:
         store: The same store in every process; see :func:`work_queue`.
         rank: Number of this process.
         world: Number of processes.
+        idle: Called again and again while this process waits for others; may raise.
     """
 
-    def __init__(self, store: Store, rank: int, world: int) -> None:
+    def __init__(
+        self, store: Store, rank: int, world: int, idle: Callable[[], None] | None = None
+    ) -> None:
         self._store = store
         self._rank = rank
         self._world = world
+        self._idle = idle or (lambda: None)
 
     @property
     def rank(self) -> int:
@@ -71,13 +77,20 @@ class StoreQueue:
         """What ``make`` gives on rank 0, on every rank; ``name`` is used once."""
         if self._rank == 0:
             self._store.set(f"share/{name}", make())
-        return str(self._store.get(f"share/{name}"), "utf-8")
+        return self._get(f"share/{name}")
 
     def run(self, name: str, count: int, do: Callable[[int], str]) -> list[str]:
         """``[do(0), ..., do(count - 1)]``, each done by one process; ``name`` is used once."""
         while (index := self._store.add(f"next/{name}", 1) - 1) < count:
             self._store.set(f"done/{name}/{index}", do(index))
-        return [str(self._store.get(f"done/{name}/{i}"), "utf-8") for i in range(count)]
+        return [self._get(f"done/{name}/{i}") for i in range(count)]
+
+    def _get(self, key: str) -> str:
+        """Wait in short turns: between them Python takes signals, in the store it would not."""
+        while not self._store.check([key]):
+            self._idle()
+            time.sleep(_POLL_SECONDS)
+        return str(self._store.get(key), "utf-8")
 
     def leave(self) -> None:
         """Needs the queue no more; rank 0, which holds the store, waits for the others."""
@@ -109,14 +122,17 @@ def _store(port: int, *, master: bool) -> TCPStore:
 
 
 @contextlib.contextmanager
-def work_queue() -> Iterator[WorkQueue]:
+def work_queue(idle: Callable[[], None] | None = None) -> Iterator[WorkQueue]:
     """A queue over all processes of the group, or of this one where there is no other.
 
     Rank 0 leaves it last; after an error nobody waits.
+
+    Args:
+        idle: Called again and again while this process waits for others; may raise.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield LocalQueue()
         return
-    queue = StoreQueue(_open_store(), dist.get_rank(), dist.get_world_size())
+    queue = StoreQueue(_open_store(), dist.get_rank(), dist.get_world_size(), idle)
     yield queue
     queue.leave()

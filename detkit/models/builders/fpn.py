@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from detkit.config import Config
 from detkit.models.backbones.base import Backbone
 from detkit.models.builders.parts import (
+    box_predictor,
     pyramid_pooler,
     pyramid_sizes,
     region_proposals,
-    two_fc_predictor,
 )
 from detkit.models.detector import TwoStageDetector
 from detkit.models.heads.box import BoxHead
@@ -23,12 +23,12 @@ from detkit.types import FeatureSpec
 def frcnn_fpn(
     config: Config, backbone: Backbone, num_classes: int, *, masks: bool = False
 ) -> TwoStageDetector:
-    """RPN on every level, two fully connected layers on RoIAlign of the levels up to 5."""
+    """RPN on every level, the layers of ``box.head`` on RoIAlign of the levels up to 5."""
     neck = FPN(backbone.feature_specs, config.model.neck_channels, config.model.head_norm)
     specs = neck.feature_specs
     rpn = region_proposals(config, specs, pyramid_sizes(config, list(specs)))
     pooler = pyramid_pooler(config, specs)
-    head = BoxHead(pooler, two_fc_predictor(config, pooler, num_classes), config.box)
+    head = BoxHead(pooler, box_predictor(config, pooler, num_classes), config.box)
     mask_head = _mask_head(config, specs, num_classes) if masks else None
     return TwoStageDetector(backbone, neck, rpn, head, num_classes, mask_head)
 

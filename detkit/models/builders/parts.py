@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from detkit.config import Config
 from detkit.errors import ConfigError
 from detkit.models.anchors import AnchorGrid
-from detkit.models.heads.box import BoxPredictor
+from detkit.models.heads.box import BoxPredictor, ConvBoxPredictor
 from detkit.models.heads.roi import Align, RoiPool, RoiPooler
 from detkit.models.heads.rpn import RPN, RpnHead
 from detkit.types import FeatureSpec
@@ -73,16 +73,21 @@ def pyramid_pooler(
     return RoiPooler(used, pool, box.canonical_size)
 
 
-def two_fc_predictor(config: Config, pooler: RoiPooler, num_classes: int) -> BoxPredictor:
-    """Classes and boxes by two fully connected layers."""
+def box_predictor(
+    config: Config, pooler: RoiPooler, num_classes: int
+) -> BoxPredictor | ConvBoxPredictor:
+    """Classes and boxes of RoIs by the layers that ``box.head`` names.
+
+    Raises:
+        ConfigError: They have no width.
+    """
     channels, height, width = pooler.out_shape
-    box = config.box
+    box, norm = config.box, config.model.head_norm
     if not box.channels:
         raise ConfigError(f"box.channels: must be positive for {config.model.detector}, got 0")
+    if box.head == "4conv1fc":
+        shape = channels, height, width
+        return ConvBoxPredictor(shape, box.channels, num_classes, box.class_agnostic, norm)
     return BoxPredictor(
-        channels * height * width,
-        box.channels,
-        num_classes,
-        box.class_agnostic,
-        config.model.head_norm,
+        channels * height * width, box.channels, num_classes, box.class_agnostic, norm
     )

@@ -1,4 +1,4 @@
-"""Box head of Fast R-CNN: two fully connected layers, classes and boxes of pooled RoIs."""
+"""Box head of Fast R-CNN: layers on pooled RoIs, classes and boxes, losses and detections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from detkit.config import BoxConfig
 from detkit.models import losses, targets
 from detkit.models.heads.detections import best_detections
 from detkit.models.heads.roi import RoiPooler, to_rois
-from detkit.models.norm import normalise_rows, rows_norm
+from detkit.models.necks.fpn import ConvNorm
+from detkit.models.norm import norm_named, normalise_rows, rows_norm
 from detkit.models.targets import RoiSample
 from detkit.models.weights import ClassRows
 from detkit.ops import boxes as box_ops
@@ -55,6 +56,55 @@ class BoxPredictor(nn.Module):
         x = pooled.flatten(1)
         for layer, norm in ((self.fc1, self.norm1), (self.fc2, self.norm2)):
             x = torch.relu(normalise_rows(norm, layer(x)))
+        return self.classes(x), self.boxes(x).unflatten(1, (-1, 4))
+
+
+class ConvBoxPredictor(nn.Module):
+    """3x3 convolutions and a fully connected layer, then class logits and box deltas.
+
+    Source: DetNAS (arXiv 1903.10979), the head of all its Faster R-CNNs; first in Wu and He, Group
+    Normalization (2018), section 4.2.
+
+    Args:
+        shape: Channels, height and width of pooled features; the convolutions keep them.
+        channels: Width of the fully connected layer.
+        num_classes: Classes without background.
+        class_agnostic: One box per RoI and not one per class.
+        norm: Name of the norm after each convolution; the fully connected layer has none.
+        convs: Convolutions.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        channels: int,
+        num_classes: int,
+        class_agnostic: bool,
+        norm: str = "none",
+        convs: int = 4,
+    ) -> None:
+        super().__init__()
+        make_norm = norm_named(norm)
+        cin, height, width = shape
+        self.class_rows = {"classes": ClassRows(1, 1)}
+        if not class_agnostic:
+            self.class_rows["boxes"] = ClassRows(0, 4)
+        self.convs = nn.ModuleList(ConvNorm(cin, cin, 3, make_norm) for _ in range(convs))
+        self.fc = nn.Linear(cin * height * width, channels)
+        self.classes = nn.Linear(channels, num_classes + 1)
+        self.boxes = nn.Linear(channels, 4 if class_agnostic else 4 * num_classes)
+        nn.init.kaiming_uniform_(self.fc.weight, a=1)
+        nn.init.normal_(self.classes.weight, std=0.01)
+        nn.init.normal_(self.boxes.weight, std=0.001)
+        for layer in (self.fc, self.classes, self.boxes):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (R, K + 1), background first, and deltas (R, 1 or K, 4) of (R, C, h, w)."""
+        x = pooled
+        for conv in self.convs:
+            x = torch.relu(conv(x))
+        x = torch.relu(self.fc(x.flatten(1)))
         return self.classes(x), self.boxes(x).unflatten(1, (-1, 4))
 
 

@@ -121,7 +121,9 @@ class RetinaHead(nn.Module):
         )
 
     def losses(self, output: RetinaOutput, truth: Sequence[Target]) -> dict[str, Tensor]:
-        """Class and box losses of N images, each divided by the positive anchors of them all.
+        """Class and box losses of N images, divided by the positive anchors of them all.
+
+        DetNAS divides the class loss by these and N (``config.divisor``).
 
         Args:
             output: Predictions.
@@ -142,14 +144,15 @@ class RetinaHead(nn.Module):
                 index = match.index[rows]
                 wanted[i, rows, t.labels[index] - 1] = True
                 goals.append(box_ops.encode(t.boxes[index], output.anchors[rows], self.box.weights))
-        count = max(1, int(positive.sum()))
+        positives = int(positive.sum())
         each = losses.focal(output.logits, wanted, config.alpha, config.gamma).sum(2)  # (N, T)
         box_loss = losses.smooth_l1(
             output.deltas[positive], torch.cat(goals), config.smooth_l1_beta
         )
+        images = len(truth) if config.divisor == "positives+images" else 0
         return {
-            "retina_class": each[state != targets.IGNORED].sum() / count,
-            "retina_box": self.box.regression_weight * box_loss.sum() / count,
+            "retina_class": each[state != targets.IGNORED].sum() / max(1, positives + images),
+            "retina_box": self.box.regression_weight * box_loss.sum() / max(1, positives),
         }
 
     @torch.no_grad()

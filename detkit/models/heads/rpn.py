@@ -149,7 +149,12 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def proposals(
-        self, output: RpnOutput, sizes: Tensor, before_nms: int, after_nms: int
+        self,
+        output: RpnOutput,
+        sizes: Tensor,
+        before_nms: int,
+        after_nms: int,
+        scope: str = "image",
     ) -> list[Tensor]:
         """Best boxes (R, 4) of each image, clipped to it, best first.
 
@@ -157,7 +162,8 @@ class RPN(nn.Module):
             output: Predictions.
             sizes: (N, 2) height and width before padding.
             before_nms: Boxes kept before suppression, per level (of the pool, if ``config.joint``).
-            after_nms: Boxes kept per image.
+            after_nms: Boxes kept per image, or of all images where ``scope`` says so.
+            scope: ``image``, or ``batch`` to keep the best of all images together.
         """
         logits = output.logits.detach().float()
         picked, level = self._best(logits, output.counts, before_nms)  # (N, K), (K,)
@@ -172,6 +178,8 @@ class RPN(nn.Module):
         kept = ((sides > 0) & (sides >= self.config.min_size)).nonzero().flatten()
         scores = logits.gather(1, picked).flatten()
         kept = kept[batched_nms(boxes[kept], scores[kept], group[kept], self.config.nms_iou)]
+        if scope == "batch":
+            kept = kept[:after_nms]  # suppression gives the best of all images first
         return [boxes[kept[image[kept] == i][:after_nms]] for i in range(n)]
 
     def _best(self, logits: Tensor, counts: list[int], limit: int) -> tuple[Tensor, Tensor]:
