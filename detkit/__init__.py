@@ -1,7 +1,7 @@
 """detkit: design, train, slim, search and deploy convolutional object detectors.
 
 Importing this package loads no torch; the public functions, of :mod:`detkit.api`,
-:mod:`detkit.comparison` and :mod:`detkit.pod`, are looked up on first use.
+:mod:`detkit.comparison`, :mod:`detkit.pod` and :mod:`detkit.detnas`, are looked up on first use.
 """
 
 import importlib
@@ -12,6 +12,7 @@ _API = {
     **dict.fromkeys(("build", "evaluate", "load", "predict", "train"), "detkit.api"),
     "compare": "detkit.comparison",
     **dict.fromkeys(("collect_scales", "decompose"), "detkit.pod"),
+    "search": "detkit.detnas",
 }
 _SUBMODULES = ("api", "config", "data", "engine", "errors", "models", "ops", "scales", "types")
 __all__ = ["__version__", *_API, *_SUBMODULES]
