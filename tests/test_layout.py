@@ -36,6 +36,7 @@ ALLOWED = {
 ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
 ALLOWED["prediction"] = METHODS | DATA | ENGINE | {"report", "prediction"}
 ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading", "prediction"}
+ALLOWED["supernet"] = set(ALLOWED) | {"supernet"}
 ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}

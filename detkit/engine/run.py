@@ -19,7 +19,7 @@ from detkit.errors import ConfigError, DataError, StorageError
 
 _TIME = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(\d{8}-\d{6})-.+")
-_FILES = re.compile(r"config\.toml|metrics\.jsonl|log\.txt|\..+\.pth\.\d+\.tmp")
+_FILES = re.compile(r"config\.toml|metrics\.jsonl|log\.txt|search_split\.json|\..+\.pth\.\d+\.tmp")
 
 
 class RunFolder:
