@@ -155,7 +155,7 @@ def _export(
     resume: str | None,
     layers: list[Mapping[str, Any]],
 ) -> int:
-    given = {"--resume": resume, "--out": common.out, "--recipe": common.recipe}
+    given = {"--resume": resume, "--out": common.out}
     given |= {f"the setting {table}": values for layer in layers for table, values in layer.items()}
     for name, value in given.items():
         if value:
@@ -166,7 +166,7 @@ def _export(
     if common.dry_run:
         emit(common, {"dry_run": True, "run": run, "pretrain": str(target)}, lambda: None)
         return 0
-    result = retrain.export(run, target)
+    result = retrain.export(run, target, recipe=common.recipe)
 
     def show() -> None:
         click.echo(f"{result['genes']}: {result['metric']} {result['fitness']:.4f} as a path")

@@ -178,9 +178,7 @@ def evolution_settings(settings: SearchConfig) -> EvolutionSettings:
     )
 
 
-def network_costs(
-    table: CostTable, latency: LatencyTable | None, genes: Genes
-) -> dict[str, float]:
+def network_costs(table: CostTable, latency: LatencyTable | None, genes: Genes) -> dict[str, float]:
     """Multiply-adds of a body for one image of 224x224, and its milliseconds where measured."""
     found: dict[str, float] = {"macs": table.body(genes).macs}
     return found if latency is None else found | {"latency_ms": latency.body(genes)}
@@ -391,7 +389,7 @@ def _record(opened: Opened, result: SearchResult, begun: float, *, finished: boo
         "best": top[0] if top else None,
         "top": top,
         "space": opened.space.to_plain(),
-        "supernet": {"file": opened.file, "hash": weights_hash(checkpoints.deployed(opened.stored))},
+        "supernet": {"file": opened.file, "hash": _hash(opened)},
         "data": {
             "path": opened.config.data.path,
             "images": len(opened.images),
@@ -399,6 +397,10 @@ def _record(opened: Opened, result: SearchResult, begun: float, *, finished: boo
         },
         "seconds": time.monotonic() - begun,
     }
+
+
+def _hash(opened: Opened) -> str:
+    return weights_hash(checkpoints.deployed(opened.stored))
 
 
 def _network(opened: Opened, candidate: Candidate) -> Record:
@@ -431,9 +433,7 @@ def _folder(opened: Opened, out: str | Path | None, resume: str | None) -> Searc
     return SearchFolder(str(distributed.broadcast(found)))
 
 
-def _previous(
-    config: Config, out: str | Path | None, resume: str | None
-) -> SearchFolder | None:
+def _previous(config: Config, out: str | Path | None, resume: str | None) -> SearchFolder | None:
     if resume is None:
         return None
     if resume != "auto":
@@ -466,7 +466,7 @@ def _new_folder(opened: Opened, out: str | Path | None) -> SearchFolder:
 def _check_same(folder: SearchFolder, opened: Opened) -> None:
     """Refuse to go on with another supernet or with settings of another sequence."""
     stored = folder.read()["supernet"].get("hash")
-    ours = weights_hash(checkpoints.deployed(opened.stored))
+    ours = _hash(opened)
     if stored != ours:
         raise CheckpointError(
             f"{opened.file}: must be the supernet that {folder.run.path} searches "
@@ -550,9 +550,14 @@ def newest_search() -> str:
     raise ConfigError("search: one must be given where runs/search holds none, got neither")
 
 
-def plan(supernet: str | Path, overrides: Iterable[Mapping[str, Any]] = (), **kwargs: Any) -> Record:
-    """What ``--dry-run`` tells, without an evaluation: see :func:`open_supernet`."""
-    opened = open_supernet(supernet, overrides, **kwargs)
+def plan(
+    supernet: str | Path,
+    overrides: Iterable[Mapping[str, Any]] = (),
+    *,
+    data: str | None = None,
+) -> Record:
+    """What ``--dry-run`` tells; arguments and errors as of :func:`search`."""
+    opened = open_supernet(supernet, overrides, data=data)
     check_limits(opened)
     settings = opened.config.search
     if settings.method == "evolution":
@@ -570,4 +575,3 @@ def plan(supernet: str | Path, overrides: Iterable[Mapping[str, Any]] = (), **kw
         "calibration_images": settings.calibration_steps * settings.calibration_batch,
         "config": configs.to_plain(opened.config),
     }
-

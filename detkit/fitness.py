@@ -100,11 +100,14 @@ def open_supernet(
     check_supernet(stored, config, str(path))
     _check_stage(stored, config.search, str(path))
     space = SearchSpace.from_plain(stored["space"])
-    if config.search.fitness == "classification":
-        training, images, metric = *_classification_sets(config), "top1"
+    classes = config.search.fitness == "classification"
+    metric = "top1" if classes else config.eval.metric
+    training: AnyDataset
+    images: AnyDataset
+    if classes:
+        training, images = _classification_sets(config)
     else:
         training, images = _detection_sets(stored, config, str(path))
-        metric = config.eval.metric
     for dataset in (training, images):
         _same_names(stored, dataset)
     return Opened(str(path), stored, config, space, training, images, metric)
@@ -291,7 +294,7 @@ class _Detections:
         search = config.search
         self._device = device
         self._metric = config.eval.metric
-        self._categories: CategoryMap = images.categories
+        self._categories = images.categories
         self._stop = EarlyStop(search.early_quantile, search.early_margin)
         self._bound = -math.inf
         parts = _parts(len(images), search.early_stop, config.train.seed)

@@ -19,7 +19,7 @@ from detkit.config import Config
 from detkit.detnas import SearchFolder
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine.checkpoint import Checkpoint
-from detkit.errors import ConfigError, DetkitError, StorageError
+from detkit.errors import ConfigError, StorageError
 from detkit.models.search_space import SearchSpace, network_tables
 
 log = logging.getLogger("detkit")
@@ -29,24 +29,26 @@ Tables = dict[str, dict[str, Any]]
 
 NORM_MOMENTUM = 0.01
 """Of the running statistics of a single network in a detector; supernets have 0.1."""
-PAPER = "detnas/imagenet-{space}"
 _OF_SUPERNETS = ("nas", "space", "search")
 
 
-def export(run: str | Path, target: str | Path) -> Record:
+def export(run: str | Path, target: str | Path, *, recipe: str | None = None) -> Record:
     """Write the recipes for the best network of a search.
 
     Args:
         run: Folder of the search; one that is not finished gives its best so far.
         target: Recipe for `detkit pretrain`, a ``.toml`` file; that for `detkit finetune` gets
             ``-finetune`` added to its name.
+        recipe: Hyper-parameters of pre-training, by the name of a recipe; None takes those of the
+            supernet's own pre-training.
 
     Returns:
         ``{"pretrain": file, "finetune": file or None, "backbone", "genes", "fitness", "metric"}``;
         the second is None after a search for classification, which knows no detector.
 
     Raises:
-        ConfigError: No search, none of its networks was evaluated, or no such place.
+        ConfigError: No search, none of its networks was evaluated, no such place, or nothing is
+            known of the supernet's pre-training and ``recipe`` is None.
         CheckpointError: Its supernet is not there any more.
         StorageError: The disk refused.
     """
@@ -54,9 +56,7 @@ def export(run: str | Path, target: str | Path) -> Record:
     if not folder.is_search:
         raise ConfigError(f"{run}: must be the folder of a search, got none")
     if target.suffix != ".toml" or not target.parent.is_dir():
-        raise ConfigError(
-            f"--export: must be a .toml file in a folder that exists, got {target}"
-        )
+        raise ConfigError(f"--export: must be a .toml file in a folder that exists, got {target}")
     found = folder.read()
     if not found["best"]:
         raise ConfigError(f"{run}: must hold an evaluated network, got none yet; let it go on")
@@ -66,7 +66,7 @@ def export(run: str | Path, target: str | Path) -> Record:
     space = SearchSpace.from_plain(found["space"])
     network = network_tables(space, space.parse(found["best"]["genes"]))
     about = _about(found, folder)
-    pretrain = _single(_pretraining(found, stored), network)
+    pretrain = _single(_pretraining(found, stored, recipe), network)
     _write(target, pretrain, f"{about}#\n#   detkit pretrain --recipe {target}\n")
     record = {
         "pretrain": str(target),
@@ -79,8 +79,13 @@ def export(run: str | Path, target: str | Path) -> Record:
     if found["fitness"] == "classification":
         return record
     second = target.with_name(f"{target.stem}-finetune.toml")
-    detector = _single(checkpoints.config_of(stored), network)
-    detector["model"]["norm_momentum"] = NORM_MOMENTUM
+    own = checkpoints.config_of(stored)
+    detector = _single(own, network)
+    detector["model"] = {
+        "detector": own.model.detector,
+        **detector["model"],
+        "norm_momentum": NORM_MOMENTUM,
+    }
     usage = f"#\n#   detkit finetune --recipe {second} --init-from BACKBONE/best.pth\n"
     _write(second, detector, about + usage)
     return record | {"finetune": str(second)}
@@ -95,19 +100,23 @@ def _about(found: Mapping[str, Any], folder: SearchFolder) -> str:
     )
 
 
-def _pretraining(found: Mapping[str, Any], stored: Checkpoint) -> Config:
-    """Settings that the supernet was pre-trained with."""
+def _pretraining(found: Mapping[str, Any], stored: Checkpoint, recipe: str | None) -> Config:
+    """Settings of ``recipe``, else those that the supernet was pre-trained with."""
+    if recipe is not None:
+        return configs.resolve([configs.read_toml(configs.recipe_path(recipe))])
     if found["fitness"] == "classification":
         return checkpoints.config_of(stored)
     source = stored["provenance"].get("init_from")
-    if source:
-        try:
-            first = foreign.load(source)
-            if first["kind"] == "supernet" and first["stage"] == "pretrain":
-                return checkpoints.config_of(first)
-        except DetkitError as error:
-            log.warning("%s cannot be read (%s)", source, error)
-    raise ConfigError("x")
+    what = f"{source} is gone" if source else "it was started from nothing"
+    if source and Path(source).is_file():
+        first = foreign.load(source)
+        if first["kind"] == "supernet" and first["stage"] == "pretrain":
+            return checkpoints.config_of(first)
+        what = f"{source} is none"
+    raise ConfigError(
+        f"{found['supernet']['file']}: the pre-trained supernet it was started from must be known, "
+        f"got none ({what}); give --recipe with the hyper-parameters of pre-training"
+    )
 
 
 def _single(config: Config, network: Mapping[str, Mapping[str, Any]]) -> Tables:
@@ -116,14 +125,13 @@ def _single(config: Config, network: Mapping[str, Mapping[str, Any]]) -> Tables:
     for table in _OF_SUPERNETS:
         plain.pop(table)
     for table, values in network.items():
-        plain[table] = plain.get(table, {}) | values
+        plain[table] = plain.get(table, {}) | dict(values)
     detector = {"model": {"detector": config.model.detector}}
     default = configs.to_plain(configs.resolve([detector]))
     kept = {
         table: {k: v for k, v in values.items() if v != default[table][k]}
         for table, values in plain.items()
     }
-    kept["model"] = detector["model"] | kept["model"]
     return {table: values for table, values in kept.items() if values}
 
 
