@@ -22,6 +22,7 @@ COMMANDS = {
     "decompose": "Turn learnt scales into plain convolutions (POD).",
     "search": "Find the fittest network of a trained supernet (DetNAS).",
     "eval": "Score a detector, or a file of detections, by COCO or VOC metrics.",
+    "report": "Write one HTML page about runs: curves, accuracy, errors, pictures.",
     "predict": "Find objects in images: drawn pictures, and a COCO results file.",
     "export": "Write a detector as an ONNX file.",
     "models": "List backbones, detectors and recipes with parameters and MACs.",

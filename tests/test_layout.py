@@ -43,6 +43,7 @@ ALLOWED["detnas"] = set(ALLOWED) | {"detnas"}
 ALLOWED["retrain"] = set(ALLOWED) | {"retrain"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
+ALLOWED["reporting"] = set(ALLOWED) | {"reporting"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 FREE_OF_TORCH = ("detkit/__init__.py", "detkit/config.py", "detkit/errors.py", "cli")
 HEAVY = ("torch", "detkit.types", "detkit.ops", "detkit.models", "detkit.data", "detkit.engine")
