@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -578,7 +578,7 @@ def detect_split(
         loaded = replace(loaded, model=fold_norms(loaded.model))
     config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
-    return _detect(loaded, dataset, on_image), dataset
+    return detect_images(loaded, dataset, on_image), dataset
 
 
 def predict(
@@ -718,12 +718,24 @@ def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
     return scores | {"normalised": lines + scores["normalised"]}
 
 
-def _detect(
+def detect_images(
     loaded: Loaded,
-    dataset: Any,
-    on_image: Callable[[int, int], None] | None,
+    dataset: DetectionDataset,
+    on_image: Callable[[int, int], None] | None = None,
+    images: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """COCO results of a model on a data set whose categories may differ in ids and order."""
+    """COCO results of a detector on a data set whose categories may differ in ids and order.
+
+    Args:
+        loaded: the detector.
+        dataset: one split of a detection set.
+        on_image: called with (images done, images in all).
+        images: places of the images to detect on; None for all.
+
+    Raises:
+        DataError: the data set has none of the detector's categories.
+    """
+    total = len(dataset) if images is None else len(images)
     theirs = dataset.categories
     shared = [name for name in loaded.categories.names if name in theirs.names]
     if not shared:
@@ -740,12 +752,12 @@ def _detect(
         nonlocal done
         done += len(batch.images)
         if on_image is not None:
-            on_image(done, len(dataset))
+            on_image(done, total)
 
     device = next(loaded.model.parameters()).device
     results = detect_dataset(
         loaded.model,
-        eval_batches(dataset, loaded.config),
+        eval_batches(dataset, loaded.config, images=images),
         loaded.categories,
         device,
         on_batch=count,
