@@ -1,7 +1,8 @@
 """detkit: design, train, slim, search and deploy convolutional object detectors.
 
 Importing this package loads no torch; the public functions, of :mod:`detkit.api`,
-:mod:`detkit.comparison` and :mod:`detkit.pod`, are looked up on first use.
+:mod:`detkit.comparison`, :mod:`detkit.detnas`, :mod:`detkit.pod` and :mod:`detkit.reporting`, are
+looked up on first use.
 """
 
 import importlib
@@ -11,7 +12,9 @@ __version__ = "0.1.0"
 _API = {
     **dict.fromkeys(("build", "evaluate", "load", "predict", "train"), "detkit.api"),
     "compare": "detkit.comparison",
+    "write_report": "detkit.reporting",
     **dict.fromkeys(("collect_scales", "decompose"), "detkit.pod"),
+    "search": "detkit.detnas",
 }
 _SUBMODULES = ("api", "config", "data", "engine", "errors", "models", "ops", "scales", "types")
 __all__ = ["__version__", *_API, *_SUBMODULES]

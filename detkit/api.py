@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from detkit import config as configs
-from detkit import foreign, pod, prediction
-from detkit.config import Config, ModelConfig
+from detkit import foreign, pod, prediction, supernet
+from detkit.config import Config, ModelConfig, is_supernet
 from detkit.data import (
     DetectionDataset,
     eval_batches,
@@ -41,13 +41,24 @@ from detkit.engine.run import RunFolder, create_run, newest_run, same_run
 from detkit.engine.summary import NUMBERS
 from detkit.engine.train import StepInfo, fit
 from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
-from detkit.loading import KINDS, check_scales, fixed_layers, starting_model
+from detkit.loading import (
+    KINDS,
+    PIXELS,
+    check_scales,
+    check_supernet,
+    fixed_layers,
+    net_of,
+    starting_model,
+)
 from detkit.loading import Loaded as Loaded
 from detkit.loading import build as build
 from detkit.loading import load as load
 from detkit.loading import pick_device as pick_device
 from detkit.models.count import count_classifier, count_detector
+from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architecture
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
+from detkit.nas.cost import cost_table
+from detkit.nas.split import SearchSplit
 from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
 
@@ -94,8 +105,8 @@ def resolve_config(
     stored = foreign.load(init_from) if init_from else None
     layers = list(layers)
     start: list[Mapping[str, Any]] = []
-    if recipe or stored is None or stored["kind"] == "backbone":
-        name = recipe or _default_recipe(command, layers)
+    if recipe or stored is None or net_of(stored) == "backbone":
+        name = recipe or _default_recipe(command, layers, stored)
         log.info("recipe %s", name)
         start.append(configs.read_toml(configs.recipe_path(name)))
         if command == "finetune":
@@ -112,6 +123,7 @@ def resolve_config(
             raise CheckpointError(
                 f"{init_from}: model.{key} must agree with the checkpoint's {ours!r}, got {got!r}"
             )
+    check_supernet(stored, config, str(init_from))
     return config
 
 
@@ -130,12 +142,23 @@ def _tell_other_detector(
         )
 
 
-def _default_recipe(command: str, layers: Iterable[Mapping[str, Any]]) -> str:
-    """The tiny recipe of the command, and of the detector that the layers name."""
+def _default_recipe(
+    command: str,
+    layers: Iterable[Mapping[str, Any]],
+    stored: checkpoints.Checkpoint | None,
+) -> str:
+    """The tiny recipe of the command, and of the detector and the kind of backbone in question."""
+    layers = list(layers)
+    backbone = "" if stored is None else stored["config"]["model"]["backbone"]
+    for layer in layers:
+        backbone = str(layer.get("model", {}).get("backbone", backbone))
+    one_shot = "supernet-" if is_supernet(backbone) else ""
     if command == "pretrain":
-        return "tiny/pretrain"
+        return f"tiny/{one_shot}pretrain"
     detector = configs.named_detector(layers)
-    name = f"tiny/{detector}"
+    name = f"tiny/{one_shot}{detector}"
+    if one_shot and name not in configs.recipes():
+        name = f"tiny/{detector}"
     if name not in configs.recipes():
         raise ConfigError(
             f"model.detector: must be one of {', '.join(DETECTORS)}, got {detector!r}"
@@ -158,20 +181,21 @@ def _own_settings(
         del config["data"][key]
     if wanted is None:
         return config
-    pixels = {key: config["data"][key] for key in ("mean", "std")}
-    if stored["kind"] == "backbone":
+    pixels = {key: config["data"][key] for key in PIXELS if key in config["data"]}
+    space = {"space": config["space"]} if config.get("space", {}).get("name") else {}
+    if net_of(stored) == "backbone":
         name, norm = config["model"]["backbone"], config["model"]["norm"]
         if WEIGHTS_OF.get(wanted.backbone) == name:  # its weights, dilated
             name = wanted.backbone
         shape = {"backbone": name}
         if "gn" in (norm, wanted.norm):  # batch norms, frozen or not, share their weights
             shape["norm"] = norm
-        return {"model": shape, "data": pixels}
+        return {"model": shape, **space, "data": pixels}
     tables = {table: config[table] for table in _SHAPE_TABLES if table in config}
     if stored["kind"] == "detector":  # learners may be put into a plain net
         tables["model"]["scales"] = wanted.scales
         tables.pop("scales", None)
-    return tables | {"data": pixels}
+    return tables | space | {"data": pixels}
 
 
 def newest_checkpoint(command: str, *, required: bool = True) -> str | None:
@@ -200,16 +224,15 @@ def training_plan(command: str, config: Config, source: str | Path | None = None
         source: checkpoint to start from or to continue.
     """
     stored = None if source is None else foreign.load(source)
-    train_set = _open(command, config, config.data.split)
-    val_set = _open(command, config, config.data.val_split)
+    train_set, val_set, split = _open_both(command, config, None, stored)
     with torch.device("meta"):
-        model = build(config, train_set.categories, _kind(command, config), fixed_layers(stored))
+        model = build(config, train_set.categories, _net(command), fixed_layers(stored))
     return {
         "command": command,
         "params": sum(p.numel() for p in model.parameters()),
         "categories": list(train_set.categories.names),
         "train_images": len(train_set),
-        "val_images": len(val_set),
+        ("val_images" if split is None else "search_images"): len(val_set),
         "steps_per_epoch": steps_per_epoch(train_set, config),
     }
 
@@ -279,21 +302,22 @@ def train(
     """
     config = with_length(config)
     check_metric(command, config)
+    supernet.check_settings(config)
     with distributed.process_group(pick_device(device)) as place:
-        train_set = _open(command, config, config.data.split)
-        val_set = _open(command, config, config.data.val_split)
-        _same_categories(train_set.categories, val_set.categories)
-        _require_masks(val_set, config)
         previous = _to_resume(command, config, out, resume)
         resumed = None if previous is None else checkpoints.load(previous.last)
+        if resumed is not None:
+            check_supernet(resumed, config, str(previous.last if previous else ""))
         source = None if init_from is None else foreign.load(init_from)
+        train_set, val_set, split = _open_both(command, config, resumed, source)
+        _same_categories(train_set.categories, val_set.categories)
+        _require_masks(val_set, config)
         torch.manual_seed(config.train.seed)
-        kind = _kind(command, config)
         layers = fixed_layers(resumed or source)
         model = starting_model(
             config,
             train_set.categories,
-            kind,
+            _net(command),
             layers=layers,
             source=source,
             name=str(init_from),
@@ -308,7 +332,16 @@ def train(
             with run.logging():  # so that log.txt lists them too
                 _tell_problems(train_set, config.data.split)
                 _tell_problems(val_set, config.data.val_split)
+            if split is not None:
+                supernet.write_split(run, split)
         share = {"rank": distributed.rank(), "world": distributed.world_size()}
+        kept = supernet.entries(command, config, split)
+        if layers is not None:
+            kept["scales"] = _kept(resumed or source)
+        score = partial(_validate, command, val_set, config, place)
+        evaluate: supernet.Evaluate | None = score
+        if is_supernet(config.model.backbone):
+            evaluate = supernet.evaluator(command, config, train_set, place, score)
         with pod.collected(run, train_set, config, place):
             result = fit(
                 model,
@@ -316,14 +349,15 @@ def train(
                 config,
                 steps_per_epoch=steps_per_epoch(train_set, config),
                 run=run,
-                kind=kind,
+                kind=_kind(command, config),
                 categories=train_set.categories,
                 device=place,
-                evaluate=partial(_validate, command, val_set, config, place),
+                evaluate=evaluate,
                 resume=resumed,
                 on_step=pod.logged(model, run, config, on_step),
                 provenance={"init_from": str(init_from)} if init_from else None,
-                scales=_kept(resumed or source) if layers is not None else None,
+                kept=kept,
+                before_step=supernet.follow_paths(model, config),
             )
     return {"run": str(run.path), "checkpoint": str(result.best), "metrics": result.metrics}
 
@@ -334,6 +368,23 @@ def _open(command: str, config: Config, split: str) -> Any:
         return open_classification(data.path, split, data)
     masks = config.model.detector in WITH_MASKS and split == data.split  # scoring needs no targets
     return open_detection(data.path, split, data, masks=masks)
+
+
+def _open_both(
+    command: str,
+    config: Config,
+    resumed: checkpoints.Checkpoint | None,
+    source: checkpoints.Checkpoint | None,
+) -> tuple[Any, Any, SearchSplit | None]:
+    """Images to train on, images to evaluate on, and how the two were parted if they were one.
+
+    A detector on a supernet is evaluated on images held out of the training split: the validation
+    split is not opened before the search has its result.
+    """
+    train_set = _open(command, config, config.data.split)
+    if command == "finetune" and is_supernet(config.model.backbone):
+        return supernet.hold_out(train_set, config, resumed, source)
+    return train_set, _open(command, config, config.data.val_split), None
 
 
 def _require_masks(dataset: Any, config: Config) -> None:
@@ -379,7 +430,15 @@ def _kept(stored: checkpoints.Checkpoint | None) -> dict[str, Any] | None:
     return None if stored is None else stored["scales"]
 
 
+def _net(command: str) -> str:
+    """What a command trains: ``backbone`` (as a classifier) or ``detector``."""
+    return "backbone" if command == "pretrain" else "detector"
+
+
 def _kind(command: str, config: Config) -> str:
+    """Kind of the checkpoints of a training."""
+    if is_supernet(config.model.backbone):
+        return "supernet"
     return "backbone" if command == "pretrain" else KINDS[config.model.scales]
 
 
@@ -519,7 +578,7 @@ def detect_split(
         loaded = replace(loaded, model=fold_norms(loaded.model))
     config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
-    return _detect(loaded, dataset, on_image), dataset
+    return detect_images(loaded, dataset, on_image), dataset
 
 
 def predict(
@@ -623,14 +682,14 @@ def export(
 
 def _data_only(config: Config, stored: Config) -> None:
     """Refuse settings that would describe another detector than the checkpoint holds."""
-    pixels = ("mean", "std", "pad_multiple")
+    pixels = (*PIXELS, "pad_multiple")
     same = {key: getattr(stored.data, key) for key in pixels}
     if replace(config, data=stored.data) != stored or same != {
         key: getattr(config.data, key) for key in pixels
     }:
         raise ConfigError(
-            "--set: must be of the table data, and none of mean, std and pad_multiple, got others; "
-            "the rest is the checkpoint's own"
+            "--set: must be of the table data, and none of mean, std, channels and pad_multiple, "
+            "got others; the rest is the checkpoint's own"
         )
 
 
@@ -659,12 +718,24 @@ def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
     return scores | {"normalised": lines + scores["normalised"]}
 
 
-def _detect(
+def detect_images(
     loaded: Loaded,
-    dataset: Any,
-    on_image: Callable[[int, int], None] | None,
+    dataset: DetectionDataset,
+    on_image: Callable[[int, int], None] | None = None,
+    images: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """COCO results of a model on a data set whose categories may differ in ids and order."""
+    """COCO results of a detector on a data set whose categories may differ in ids and order.
+
+    Args:
+        loaded: the detector.
+        dataset: one split of a detection set.
+        on_image: called with (images done, images in all).
+        images: places of the images to detect on; None for all.
+
+    Raises:
+        DataError: the data set has none of the detector's categories.
+    """
+    total = len(dataset) if images is None else len(images)
     theirs = dataset.categories
     shared = [name for name in loaded.categories.names if name in theirs.names]
     if not shared:
@@ -681,12 +752,12 @@ def _detect(
         nonlocal done
         done += len(batch.images)
         if on_image is not None:
-            on_image(done, len(dataset))
+            on_image(done, total)
 
     device = next(loaded.model.parameters()).device
     results = detect_dataset(
         loaded.model,
-        eval_batches(dataset, loaded.config),
+        eval_batches(dataset, loaded.config, images=images),
         loaded.categories,
         device,
         on_batch=count,
@@ -716,20 +787,26 @@ def _write_json(path: str | Path, value: Any) -> None:
 def model_table(
     size: tuple[int, int] | None = None, backbone: str | None = None, detector: str | None = None
 ) -> dict[str, Any]:
-    """Every backbone, detector and recipe, as ``detkit models --json`` prints them.
+    """Every backbone, supernet, detector and recipe, as ``detkit models --json`` prints them.
 
     Args:
         size: (height, width): also count whole detectors with 80 classes on one such image.
-        backbone: only this one.
+        backbone: only this one; any network of DetNAS (``detnas:small:2120...``) too.
         detector: only this one.
 
     Raises:
         ConfigError: an unknown name.
     """
-    backbones = _named("--backbone", backbone, BACKBONES)
+    if backbone is not None and backbone.startswith(PREFIX):
+        parse_architecture(backbone)
+        nets = [backbone]
+    else:
+        nets = _named("--backbone", backbone, BACKBONES | SUPERNETS)
     detectors = _named("--detector", detector, DETECTORS)
+    backbones = [name for name in nets if name not in SUPERNETS]
     return {
         "backbones": [_backbone_row(name) for name in backbones],
+        "supernets": [_supernet_row(name) for name in nets if name in SUPERNETS],
         "detectors": [row for name in detectors for row in _detector_rows(name, backbones, size)],
         "recipes": [
             {"name": name, "summary": _recipe_summary(path), "path": str(path)}
@@ -758,6 +835,20 @@ def _backbone_row(name: str) -> dict[str, Any]:
     ]
     total = cost["total"]
     return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
+
+
+def _supernet_row(name: str) -> dict[str, Any]:
+    """Parameters as a classifier of 1000 classes, and the range of what a search limits."""
+    space = SPACES[SUPERNETS[name]]
+    table = cost_table(space)
+    return {
+        "name": name,
+        "space": space.name,
+        "positions": len(space),
+        "choices": len(space.ops),
+        "params": table.supernet_params() + table.tail.params,
+        "body_macs_224": list(table.body_macs_range()),
+    }
 
 
 def _detector_rows(

@@ -87,6 +87,14 @@ UNUSED: dict[str, tuple[str, ...]] = {
 }
 """Tables and settings that a detector has no part for; changing them is refused."""
 
+SUPERNET = "detnas-supernet"
+"""How the names of supernets begin; alone it is the supernet of the table ``space``."""
+
+
+def is_supernet(backbone: str) -> bool:
+    """Whether ``backbone`` names a supernet of DetNAS."""
+    return backbone.startswith(SUPERNET)
+
 
 def _require(condition: bool, key: str, must: str, value: object) -> None:
     if not condition:
@@ -122,6 +130,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Added to the variances of the backbone's batch norms (0 in torchvision's published
     detectors)."""
+    norm_momentum: float = 0.1
+    """Share of a batch in the running statistics of all batch norms (DetNAS: 0.1 for supernets,
+    0.01 for single networks)."""
     frozen_stages: int = 0
     """Stages of the backbone that stay fixed: 0 none, 1 the stem (DetNet), 2 stem and conv2."""
     neck_channels: int = 256
@@ -135,6 +146,9 @@ class ModelConfig:
         _one_of("model.scales", self.scales, SCALES)
         _one_of("model.head_norm", self.head_norm, ("none", "bn", "sync_bn", "gn"))
         _require(self.norm_eps >= 0, "model.norm_eps", "zero or more", self.norm_eps)
+        _require(
+            0 < self.norm_momentum <= 1, "model.norm_momentum", "in (0, 1]", self.norm_momentum
+        )
         _require(0 <= self.frozen_stages <= 6, "model.frozen_stages", "in 0..6", self.frozen_stages)
         _require(self.neck_channels > 0, "model.neck_channels", "positive", self.neck_channels)
 
@@ -435,6 +449,49 @@ class ScalesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """A search space of one's own, for the backbones `detnas-supernet` (its supernet) and
+    `detnas:<name>:<genes>` (one network); stages are those that give c2, c3, ...
+    """
+
+    name: str = ""
+    """What backbones and messages call it; empty where there is none."""
+    blocks: tuple[int, ...] = ()
+    """Blocks of each stage; the first one of a stage halves the map."""
+    stem: int = 0
+    """Channels of the 3x3 stem of stride 2."""
+    channels: tuple[int, ...] = ()
+    """Channels of each stage: even, and more than before."""
+    last: int = 0
+    """Channels of a classifier's last 1x1 convolution."""
+    ops: tuple[str, ...] = ("shuffle3", "shuffle5", "shuffle7", "xception")
+    """Blocks that genes 0, 1, ... stand for."""
+    shuffle: int = 2
+    """Convention of the channel shuffle: 1 (two groups interleaved, then halves) or 2 (even and odd
+    channels)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NasConfig:
+    """Training of supernets (DetNAS)."""
+
+    sampling: str = "uniform"
+    """Path of a step: uniform, or macs-bins (the released code's, for the small space alone)."""
+    search_images: int = 5000
+    """Training images held out for the search, at most a fifth of the split; detectors only."""
+    eval_paths: int = 3
+    """Paths, drawn from the seed, whose mean metric evaluates a supernet; 0 evaluates nothing."""
+    eval_calibration: int = 50
+    """Batches that the norms of a path are averaged over before it is evaluated."""
+
+    def __post_init__(self) -> None:
+        _one_of("nas.sampling", self.sampling, ("uniform", "macs-bins"))
+        for name in ("search_images", "eval_calibration"):
+            _require(getattr(self, name) > 0, f"nas.{name}", "positive", getattr(self, name))
+        _require(self.eval_paths >= 0, "nas.eval_paths", "zero or more", self.eval_paths)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images, and how they reach the network."""
 
@@ -474,7 +531,9 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """RGB mean subtracted from images in 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """RGB deviation images are divided by."""
+    """RGB deviation images are divided by (1/255 leaves values in 0..255)."""
+    channels: str = "rgb"
+    """Order in which the network gets red, green and blue: rgb or bgr."""
     resize: str = "antialias"
     """Detectors: antialias (bilinear, as wide as the step when shrinking), or torchvision (its
     detectors' own: pixels are normalised first, bilinear without antialias, sides rounded down)."""
@@ -484,6 +543,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _one_of("data.on_bad_image", self.on_bad_image, ("skip", "fail"))
         _one_of("data.resize", self.resize, ("antialias", "torchvision"))
+        _one_of("data.channels", self.channels, ("rgb", "bgr"))
         _require(
             self.train_long_side >= 0, "data.train_long_side", "zero or more", self.train_long_side
         )
@@ -570,7 +630,9 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay."""
     norm_decay: bool = True
-    """Decay norm weights and biases too."""
+    """Decay norm weights and biases too; false leaves the weights of more than one dimension."""
+    bias_decay: bool = True
+    """Decay biases, those of norms among them; norm_decay = false decays none of them."""
     bias_lr_factor: float = 1.0
     """Learning-rate factor of biases."""
     warmup_steps: int = 500
@@ -578,7 +640,7 @@ class OptimConfig:
     warmup_factor: float = 1 / 3
     """Share of the learning rate at the first step."""
     schedule: str = "step"
-    """step or cosine."""
+    """step, cosine, or linear to 0."""
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)
     """Shares of the schedule after which the rate is multiplied by gamma."""
     gamma: float = 0.1
@@ -586,7 +648,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _one_of("optim.name", self.name, ("sgd", "adamw"))
-        _one_of("optim.schedule", self.schedule, ("step", "cosine"))
+        _one_of("optim.schedule", self.schedule, ("step", "cosine", "linear"))
         for name in ("lr", "weight_decay", "warmup_steps"):
             _require(getattr(self, name) >= 0, f"optim.{name}", "zero or more", getattr(self, name))
         _require(
@@ -625,6 +687,9 @@ class SearchConfig:
     fitness: str = "detection"
     """detection: eval.metric of the fine-tuned supernet on held-out images; classification: top-1
     of the pre-trained one."""
+    split: str = ""
+    """Images that score networks: those held out, or another split by name, or a .json file with
+    the ids of images trained on and held out."""
     population: int = 50
     """Networks evaluated per generation."""
     generations: int = 20
@@ -702,6 +767,8 @@ class Config:
     retina: RetinaConfig = field(default_factory=RetinaConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     scales: ScalesConfig = field(default_factory=ScalesConfig)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    nas: NasConfig = field(default_factory=NasConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -830,7 +897,28 @@ def resolve(
     for layer in layers:
         config = from_plain(layer, config)
     _refuse_unused(to_plain(start), to_plain(config))
+    _refuse_unused_nas(config)
     return config
+
+
+def _refuse_unused_nas(config: Config) -> None:
+    """Refuse the tables of DetNAS where the backbone has no use for them."""
+    backbone = config.model.backbone
+    if config.nas != NasConfig() and not is_supernet(backbone):
+        changed = [k for k, v in to_plain(config)["nas"].items() if v != getattr(NasConfig(), k)]
+        raise ConfigError(
+            f"nas.{changed[0]}: must stay as it is for {backbone}, which is no supernet, "
+            f"got {getattr(config.nas, changed[0])!r}"
+        )
+    own = backbone.split(":")[0] == SUPERNET or backbone.split(":")[:2] == [
+        "detnas",
+        config.space.name,
+    ]
+    if config.space != SpaceConfig() and not own:
+        raise ConfigError(
+            f"space: must be left out for {backbone}, which is not of it, got a space "
+            f"{config.space.name!r}; its backbones are {SUPERNET} and detnas:<name>:<genes>"
+        )
 
 
 def _refuse_unused(start: dict[str, dict[str, Any]], config: dict[str, dict[str, Any]]) -> None:

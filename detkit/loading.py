@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detkit import foreign
-from detkit.config import Config, from_plain, resolve
+from detkit.config import Config, from_plain, resolve, to_plain
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine.checkpoint import Checkpoint
 from detkit.errors import CheckpointError, ConfigError
 from detkit.models import build_classifier, build_detector
+from detkit.models.backbones.shuffle_supernet import extract
+from detkit.models.search_space import SearchSpace, network_tables
 from detkit.models.weights import init_backbone, init_detector
+from detkit.models.zoo import supernet_space
+from detkit.nas.split import SearchSplit
 from detkit.scales import insert, rebuild
 from detkit.types import CategoryMap
 
@@ -30,6 +34,9 @@ log = logging.getLogger("detkit")
 
 KINDS = {"off": "detector", "learn": "gsl", "split": "fd"}
 """Kind of a detector's checkpoint, by ``model.scales``."""
+
+PIXELS = ("mean", "std", "channels")
+"""Settings of ``data`` that say what the numbers of an image mean to a network."""
 
 Layers = Sequence[Mapping[str, Any]]
 """How the layers of a fast-deployment net are split, as ``Plan.to_plain`` writes them."""
@@ -43,6 +50,12 @@ class Loaded:
     config: Config
     categories: CategoryMap
     kind: str
+    space: SearchSpace | None = None
+    """Of a supernet: its space; a path must be set before the model runs."""
+    stage: str = ""
+    """Of a supernet: ``pretrain`` (a classifier) or ``finetune`` (a detector)."""
+    search_split: SearchSplit | None = None
+    """Of a detector on a supernet: the images it was trained on, and those for the search."""
 
     @overload
     def predict(
@@ -102,7 +115,7 @@ def build(
     Args:
         config: the resolved settings; ``model.scales`` tells what the 3x3 convolutions become.
         categories: the category map, or the number of classes K.
-        kind: kind of its checkpoints.
+        kind: ``backbone`` for a classifier, anything else for a detector.
         layers: the split layers of a fast-deployment net.
 
     Raises:
@@ -200,9 +213,117 @@ def restore(
         raise CheckpointError(
             f"{name}: kind must be {KINDS[scales]!r} for model.scales = {scales!r}, got {kind!r}"
         )
-    model = build(config, categories, kind, fixed_layers(stored))
+    check_supernet(stored, config, name)
+    model = build(config, categories, net_of(stored), fixed_layers(stored))
     checkpoints.load_weights(model, checkpoints.deployed(stored), name)
-    return Loaded(model.to(device).eval(), config, categories, kind)
+    model = model.to(device).eval()
+    if kind != "supernet":
+        return Loaded(model, config, categories, kind)
+    split = search_split_of(stored)
+    return Loaded(model, config, categories, kind, supernet_space(config), stored["stage"], split)
+
+
+def net_of(stored: Checkpoint) -> str:
+    """``backbone`` for the checkpoint of a classifier, ``detector`` for that of any detector."""
+    classifier = stored["kind"] == "backbone" or stored.get("stage") == "pretrain"
+    return "backbone" if classifier else "detector"
+
+
+def search_split_of(stored: Checkpoint) -> SearchSplit | None:
+    """Which images a detector on a supernet was trained on, None for other checkpoints.
+
+    Raises:
+        CheckpointError: The entry is malformed.
+    """
+    plain = stored.get("search_split")
+    return None if plain is None else SearchSplit.from_plain(plain)
+
+
+def check_supernet(stored: Checkpoint, config: Config, name: str) -> None:
+    """Refuse settings under which the weights of a supernet would mean something else.
+
+    Nothing in the shapes tells the order of the colours or their scale, or how channels are
+    shuffled, and a supernet used otherwise than it was trained finds next to nothing.
+
+    Args:
+        stored: A checkpoint of any kind; only a supernet's is looked at.
+        config: The settings it shall be used with.
+        name: Its file.
+
+    Raises:
+        CheckpointError: Another space, order of blocks, shuffle or input; or the file lacks what
+            tells them.
+    """
+    if stored["kind"] != "supernet":
+        return
+    try:
+        theirs = SearchSpace.from_plain(stored["space"])
+        stage = stored["stage"]
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{name}: a supernet must say its space and stage, got {type(error).__name__}: {error}"
+        ) from error
+    if stage not in ("pretrain", "finetune"):
+        raise CheckpointError(f"{name}: stage must be pretrain or finetune, got {stage!r}")
+    ours = supernet_space(config)
+    if ours != theirs:
+        different = [
+            f"{key} {value!r} for {plain[key]!r}"
+            for plain in [theirs.to_plain()]
+            for key, value in (ours.to_plain() if ours else {}).items()
+            if value != plain[key]
+        ]
+        raise CheckpointError(
+            f"{name}: the search space must be the supernet's own {theirs.name!r}, got "
+            f"{', '.join(different) or config.model.backbone}"
+        )
+    data = checkpoints.config_of(stored).data
+    for key in PIXELS:
+        if getattr(config.data, key) != getattr(data, key):
+            raise CheckpointError(
+                f"{name}: data.{key} must be as the supernet was trained, {getattr(data, key)!r}, "
+                f"got {getattr(config.data, key)!r}"
+            )
+
+
+def path_checkpoint(
+    stored: Checkpoint, genes: Sequence[int], norms: Mapping[str, Tensor] | None = None
+) -> Checkpoint:
+    """One path of a supernet as a plain checkpoint, of a backbone or of a detector.
+
+    Args:
+        stored: The supernet's checkpoint.
+        genes: The path.
+        norms: Statistics of the path's batch norms, as :func:`detkit.nas.calibrate.calibrate` gives
+            them; without them the path keeps the supernet's, which mix all paths.
+
+    Raises:
+        CheckpointError: No supernet's checkpoint.
+        ConfigError: Genes that are not of its space.
+        ValueError: A statistic that the supernet has no norm for.
+    """
+    if stored["kind"] != "supernet":
+        raise CheckpointError(f"checkpoint: must be of kind 'supernet', got {stored['kind']!r}")
+    config = checkpoints.config_of(stored)
+    check_supernet(stored, config, "checkpoint")
+    space = SearchSpace.from_plain(stored["space"])
+    state = dict(checkpoints.deployed(stored))
+    for key, value in (norms or {}).items():
+        if key not in state:
+            raise ValueError(f"norms: must be of norms of the supernet, got {key}")
+        state[key] = value.cpu()
+    plain = to_plain(config)
+    plain["nas"], plain["space"] = to_plain(Config())["nas"], to_plain(Config())["space"]
+    for table, values in network_tables(space, genes).items():
+        plain[table] |= values
+    return Checkpoint(
+        format=checkpoints.FORMAT,
+        kind=net_of(stored),
+        config=plain,
+        categories=stored["categories"],
+        model=extract(state, space, genes),
+        provenance={**stored["provenance"], "path": space.text(genes)},
+    )
 
 
 def starting_model(
@@ -220,7 +341,7 @@ def starting_model(
     Args:
         config: the resolved settings.
         categories: of the data to train on.
-        kind: kind of its checkpoints.
+        kind: ``backbone`` for a classifier, anything else for a detector.
         layers: the split layers of a fast-deployment net.
         source: checkpoint to start from, of any kind.
         name: its file, for messages.
@@ -232,7 +353,7 @@ def starting_model(
     if not plain:
         _put_scales(model, config, layers)
     if source is not None:
-        _initialise(model, source, name, categories, allow_partial)
+        _initialise(model, config, source, name, categories, allow_partial)
     return _put_scales(model, config, layers) if plain else model
 
 
@@ -262,6 +383,7 @@ def check_scales(stored: str, config: Config, name: str) -> None:
 
 def _initialise(
     model: nn.Module,
+    config: Config,
     stored: Checkpoint,
     name: str,
     categories: CategoryMap,
@@ -269,7 +391,8 @@ def _initialise(
 ) -> None:
     _tell_origin(stored, name)
     state = checkpoints.deployed(stored)
-    if stored["kind"] == "backbone":
+    check_supernet(stored, config, name)
+    if net_of(stored) == "backbone":
         report = init_backbone(model, state, name, allow_partial=allow_partial)
     else:
         theirs = CategoryMap.from_plain(stored["categories"])

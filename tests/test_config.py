@@ -49,7 +49,8 @@ def read_by(config: Config) -> set[str]:
     seen: set[str] = set()
     tables = {name: Recorder(name, getattr(config, name), seen) for name in TABLES}
     torch.manual_seed(0)
-    model = build_detector(SimpleNamespace(**tables), 2)  # type: ignore[arg-type]
+    own = SimpleNamespace(**tables, space=Config().space)
+    model = build_detector(own, 2)  # type: ignore[arg-type]
     masks = torch.zeros(1, 64, 96, dtype=torch.bool)
     box = torch.tensor([[8.0, 8, 60, 50]])
     target = Target(box, torch.tensor([1]), torch.tensor([False]), masks)

@@ -15,6 +15,9 @@ from detkit.deploy.fold import fold
 from detkit.models.necks.large_separable import LargeSeparableConv
 from detkit.models.norm import FrozenBatchNorm2d, SyncBatchNorm2d, normalise_rows
 from detkit.models.zoo import BACKBONES, DETECTORS, build_backbone, build_detector
+from detkit.scales import GlobalScaleConv2d, SplitConv2d, insert, learners
+from detkit.scales.decompose import Part
+from detkit.scales.split import split
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -110,6 +113,74 @@ def test_detectors_detect_the_same(detector: str) -> None:
             assert torch.equal(got["labels"], expected["labels"])
             torch.testing.assert_close(got["boxes"], expected["boxes"], rtol=0, atol=0.01)
             torch.testing.assert_close(got["scores"], expected["scores"], rtol=0, atol=1e-4)
+
+
+# --- learnt scales --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("groups", "per_group"), [(1, 8), (8, 2), (8, 1)], ids=["dense", "grouped", "depthwise"]
+)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [((1, 2), 3), ((2, 3), 5)],
+        [((0, 0), 5), ((1, 1), 3)],
+        [((0, 1), 2), ((1, 0), 6)],
+        [((1, 1), 2), ((1, 2), 2), ((2, 1), 2), ((2, 2), 2)],
+    ],
+    ids=["3x3", "1x1", "1x3 and 3x1", "four"],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_split_convolutions(
+    groups: int, per_group: int, parts: list[tuple[tuple[int, int], int]], bias: bool
+) -> None:
+    """Whatever the kernels of the parts: each takes its own channels of the norm."""
+    channels = groups * per_group
+    conv = nn.Conv2d(channels, channels, 3, 2, 1, groups=groups, bias=bias)
+    layer = split(conv, [Part(reach, n * channels // 8) for reach, n in parts])
+    assert isinstance(layer, SplitConv2d)
+    model = nn.Sequential(nn.Identity(), layer, nn.BatchNorm2d(channels), nn.ReLU())
+    folded = assert_folds(model, torch.randn(2, channels, 9, 11))
+    assert type(folded[1]) is SplitConv2d
+    assert not any(p.requires_grad for p in folded.parameters())
+
+
+@pytest.mark.parametrize("frozen", [None, (1.4, 0.7), (0.3, 0.9)])
+def test_convolutions_with_scales(frozen: tuple[float, float] | None) -> None:
+    """The predictor sees what it saw before: it looks at the input of its convolution."""
+    learner = GlobalScaleConv2d(nn.Conv2d(6, 9, 3, padding=1, groups=3, bias=False))
+    nn.init.normal_(learner.scale.weight)
+    layer = learner.freeze(frozen) if frozen else learner
+    model = nn.Sequential(layer, FrozenBatchNorm2d(9))
+    folded = assert_folds(model, torch.randn(3, 6, 9, 11))
+    assert type(folded[0]) is type(layer)
+    assert folded[0].bias is not None
+
+
+def test_learners_in_a_detector_keep_their_images() -> None:
+    """The head's learners are told by the pooler which image a row is of; folding must not cut
+    that.
+    """
+    config = {"detector": "frcnn-c4", "backbone": "resnet50-tiny", "norm": "bn"}
+    model = build_detector(resolve([{"model": config, "rpn": {"post_nms_test": 20}}]), 3)
+    insert(model, scale_group="image")
+    for name, parameter in randomised(model).named_parameters():
+        if ".scale." in name or "classes" in name or "objectness" in name:
+            nn.init.normal_(parameter, std=0.1)
+    folded = fold(model)
+    assert norms_of(folded) == []
+    sizes, images = torch.tensor([[96, 128], [90, 100]]), torch.randn(2, 3, 96, 128)
+    with torch.no_grad():
+        found = zip(model.detect(images, sizes), folded.detect(images, sizes), strict=True)
+        for expected, got in found:
+            assert len(expected["boxes"]) > 10
+            assert torch.equal(got["labels"], expected["labels"])
+            torch.testing.assert_close(got["boxes"], expected["boxes"], rtol=0, atol=0.01)
+    scales = [[m.last_scales for m in learners(net).values()] for net in (model, folded)]
+    for before, after in zip(*scales, strict=True):
+        assert before.std() > 1e-3, "the scales must differ"
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
 # --- others' models -------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,14 @@ class DetectionDataset:
         as_stored = bool(self.records.as_stored[index])
         image = load_image(path, self.max_pixels, as_stored=as_stored, at_least=at_least)
         return _same_size(image, self.size(index), path)
+
+    def take(self, indices: Sequence[int]) -> DetectionDataset:
+        """A set of the images ``indices`` alone, in that order; its report starts empty."""
+        report = Report(images=len(indices))
+        pixels = None if self.pixels is None else [self.pixels[i] for i in indices]
+        return replace(
+            self, records=self.records.take(indices), report=report, pixels=pixels, damaged=set()
+        )
 
     def truth(self) -> dict[str, list[dict[str, Any]]]:
         """The split as normalised COCO ground truth: ``images``, ``annotations``, ``categories``.

@@ -166,11 +166,11 @@ class Fetcher(Dataset[Loaded]):
         rows = zip(loaded.images, views, loaded.sizes, loaded.shifts, strict=True)
         for out, view, size, shift in rows:
             mean = np.subtract(self.config.data.mean, shift).tolist()  # a shift of all pixels
-            std = self.config.data.std
+            std, channels = self.config.data.std, self.config.data.channels
             if self.config.data.resize == "torchvision":
-                transforms.normalise_then_resize_into(out, view, size, mean, std)
+                transforms.normalise_then_resize_into(out, view, size, mean, std, channels)
             else:
-                transforms.normalise_into(out, view, mean, std)
+                transforms.normalise_into(out, view, mean, std, channels)
 
     def _view(self, key: Key, loaded: Loaded) -> Image | None:
         """Pixels of one sample, its truth appended to ``loaded``; None where it is left out.

@@ -8,7 +8,7 @@ bit by bit; a few arrays are not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,10 @@ class PackedJson:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return json.loads(self.data[self.starts[index] : self.starts[index + 1]].tobytes())
+
+    def take(self, indices: Iterable[int]) -> PackedJson:
+        """The values at ``indices``, in that order."""
+        return PackedJson(self[int(i)] for i in indices)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -74,6 +78,29 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def take(self, indices: Sequence[int]) -> Records:
+        """Images ``indices`` with their annotations, in that order."""
+        chosen = np.array(indices, dtype=np.int64)
+        counts = np.diff(self.first)[chosen]
+        first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        spans = [np.arange(self.first[i], self.first[i + 1]) for i in chosen]
+        rows = np.concatenate([*spans, np.empty(0, np.int64)]).astype(np.int64)
+        return Records(
+            image_ids=self.image_ids.take(chosen),
+            files=self.files.take(chosen),
+            roots=self.roots[chosen],
+            sizes=self.sizes[chosen],
+            as_stored=self.as_stored[chosen],
+            first=first,
+            annotation_ids=self.annotation_ids[rows],
+            bboxes=self.bboxes[rows],
+            labels=self.labels[rows],
+            areas=self.areas[rows],
+            iscrowd=self.iscrowd[rows],
+            difficult=self.difficult[rows],
+            segmentations=self.segmentations.take(rows),
+        )
 
     def of_image(self, index: int) -> slice:
         """Where the annotations of image ``index`` lie in the flat arrays."""

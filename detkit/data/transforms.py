@@ -241,6 +241,7 @@ def normalise_then_resize_into(
     size: tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
+    channels: str = "rgb",
 ) -> None:
     """Normalise an RGB image, then resize it into the top left of ``out`` (3, H, W).
 
@@ -251,20 +252,36 @@ def normalise_then_resize_into(
         out: Where to write.
         image: Not yet resized.
         size: (height, width) to write.
-        mean: Subtracted from values in 0..1.
+        mean: Subtracted from R, G and B in 0..1.
         std: Divides them.
+        channels: Order of the planes of ``out``: ``rgb`` or ``bgr``.
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     pixels.sub_(torch.tensor(mean).reshape(3, 1, 1)).div_(torch.tensor(std).reshape(3, 1, 1))
+    pixels = _ordered(pixels, channels)
     out[:, : size[0], : size[1]] = F.interpolate(pixels[None], size, mode="bilinear")[0]
 
 
 def normalise_into(
-    out: Tensor, image: Image.Image, mean: Sequence[float], std: Sequence[float]
+    out: Tensor,
+    image: Image.Image,
+    mean: Sequence[float],
+    std: Sequence[float],
+    channels: str = "rgb",
 ) -> None:
-    """Write (value / 255 - mean) / std of an RGB image into the top left of ``out`` (3, H, W)."""
+    """Write (value / 255 - mean) / std of an RGB image into the top left of ``out`` (3, H, W).
+
+    ``mean`` and ``std`` are of R, G and B, whatever the order ``channels`` of the planes of
+    ``out``.
+    """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w) uint8
     offset = torch.tensor(mean).mul(255).reshape(3, 1, 1)
     factor = torch.tensor(std).mul(255).reciprocal().reshape(3, 1, 1)
+    pixels, offset, factor = (_ordered(planes, channels) for planes in (pixels, offset, factor))
     view = out[:, : pixels.shape[1], : pixels.shape[2]]
     view.copy_(pixels).sub_(offset).mul_(factor)
+
+
+def _ordered(planes: Tensor, channels: str) -> Tensor:
+    """Planes (3, ...) of R, G and B in the order of ``channels``."""
+    return planes.flip(0) if channels == "bgr" else planes

@@ -33,7 +33,8 @@ class DenseDetector(nn.Module):
 
     Args:
         detector: In eval mode; its layers are used, not copied.
-        data: Mean and deviation of the pixels, and the multiple that images are padded to.
+        data: Mean and deviation of the pixels, their channels' order, and the multiple that images
+            are padded to.
 
     Raises:
         ConfigError: The detector has a part that cannot be written this way.
@@ -50,6 +51,7 @@ class DenseDetector(nn.Module):
             _check_two_stage(detector)
         self.detector = detector
         self.multiple = data.pad_multiple
+        self.bgr = data.channels == "bgr"
         mean, std = (torch.tensor(v).mul(255).view(3, 1, 1) for v in (data.mean, data.std))
         self.register_buffer("offset", mean)
         self.register_buffer("factor", std.reciprocal())
@@ -77,10 +79,19 @@ class DenseDetector(nn.Module):
         """What the detector takes: normalised, zero outside each image, sides padded."""
         height, width = image_size(images)
         x = (images.float() - self.offset) * self.factor
+        x = x.flip(1) if self.bgr else x
         rows = torch.arange(height, device=x.device) < sizes[:, 0, None]  # (N, H)
         columns = torch.arange(width, device=x.device) < sizes[:, 1, None]  # (N, W)
         x = torch.where((rows[:, :, None] & columns[:, None])[:, None], x, 0.0)
-        return F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
+        return F.pad(x, (0, self.missing(width), 0, self.missing(height)))
+
+    def missing(self, side: int) -> int:
+        """Pixels from ``side`` to the next multiple.
+
+        Written so that a side not known while tracing becomes ``multiple`` times an unknown: the
+        tracer then sees that halving is exact and keeps the sizes of all maps short.
+        """
+        return (side + self.multiple - 1) // self.multiple * self.multiple - side
 
 
 def two_stage(

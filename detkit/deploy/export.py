@@ -65,7 +65,7 @@ def to_onnx(
 
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise ConfigError(f"--opset: must be in {OPSETS[0]}..{OPSETS[1]}, got {opset}")
-    dense = DenseDetector(fold(to_plain(model)).cpu().float(), data).eval()
+    dense = DenseDetector(to_plain(fold(model)).cpu().float(), data).eval()
     made = _traced(dense, opset, size)
     onnx.checker.check_model(made)
     content: bytes = made.SerializeToString()

@@ -18,10 +18,16 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from detkit.models.norm import FrozenBatchNorm2d, SyncBatchNorm2d
+from detkit.scales.learner import FixedScaleConv2d, GlobalScaleConv2d
+from detkit.scales.split import SplitConv2d
 
 log = logging.getLogger("detkit")
 
-LAYERS = (nn.Conv2d, nn.Linear)
+SCALED = (GlobalScaleConv2d, FixedScaleConv2d)
+"""Convolutions with scales. Sampling is linear and a learner looks at its input, so scaling an
+output channel is scaling its weights, as anywhere."""
+
+LAYERS = (nn.Conv2d, nn.Linear, SplitConv2d, *SCALED)
 """What a norm is folded into; their subclasses may compute something else and stay as they are."""
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, SyncBatchNorm2d)
@@ -33,12 +39,13 @@ Pair = tuple[str, str]
 def fold(model: nn.Module) -> nn.Module:
     """A copy for inference in which batch norms are part of the layer they follow.
 
-    A pair is a ``Conv2d`` (any groups, dilation, padding, with or without bias) or ``Linear`` whose
-    output goes into one batch norm and nowhere else: neighbours in an ``nn.Sequential``, or calls
-    in the ``forward`` of the module that holds both, whatever their names; ``forward`` is followed
-    symbolically, so the order of the attributes does not matter. Rows of a linear layer may get
-    axes of length 1 before their norm. The layer gets the norm's scale and shift, computed in
-    float64, and a bias; the norm becomes ``nn.Identity``.
+    A pair is a ``Conv2d`` (any groups, dilation, padding, with or without bias), ``Linear``, split
+    convolution or convolution with a learnt or fixed scale whose output goes into one batch norm
+    and nowhere else: neighbours in an ``nn.Sequential``, or calls in the ``forward`` of the module
+    that holds both, whatever their names; ``forward`` is followed symbolically, so the order of the
+    attributes does not matter. Rows of a linear layer may get axes of length 1 before their norm.
+    The layer gets the norm's scale and shift, computed in float64, and a bias; the norm becomes
+    ``nn.Identity``.
 
     Left as they are, and logged by name with the reason: norms that are no batch norms or keep no
     statistics, norms that follow something else, pairs of which one is registered in more than one
@@ -145,13 +152,19 @@ def _adds_axes(node: fx.Node) -> bool:
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
     """Whether the norm has statistics, and as many as the layer has outputs."""
-    mean, weight = norm.running_mean, layer.weight
-    return isinstance(mean, Tensor) and isinstance(weight, Tensor) and len(mean) == len(weight)
+    mean = norm.running_mean
+    return isinstance(mean, Tensor) and len(mean) == sum(len(w) for w in _weights(layer))
+
+
+def _weights(layer: nn.Module) -> list[Tensor]:
+    """The weights of a layer, outputs first; those of a split one lie behind each other."""
+    held = list(layer.weights) if isinstance(layer, SplitConv2d) else [layer.weight]
+    return [weight for weight in held if isinstance(weight, Tensor)]
 
 
 @torch.no_grad()
 def _merged(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    """A layer of the same kind that does the work of both."""
+    """A layer of the same kind that does the work of both; one with scales is changed in place."""
     if not (isinstance(layer, LAYERS) and isinstance(norm, _NormBase)):
         raise TypeError(f"fold: must be a layer and a norm, got {type(layer)} and {type(norm)}")
     mean, var = norm.get_buffer("running_mean").double(), norm.get_buffer("running_var").double()
@@ -162,11 +175,24 @@ def _merged(layer: nn.Module, norm: nn.Module) -> nn.Module:
     bias = bias * scale
     if norm.affine:
         bias = bias + norm.bias.double()
-    weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.ndim - 1))
-    merged = _without_weights(layer)
-    for name, value in (("weight", weight), ("bias", bias)):
-        setattr(merged, name, nn.Parameter(value.to(layer.weight.dtype), requires_grad=False))
-    return merged.eval()
+    weights = _weights(layer)
+    shares = scale.split([len(w) for w in weights])
+    scaled = [
+        _constant(w.double() * s.view(-1, *[1] * (w.ndim - 1)), w)
+        for w, s in zip(weights, shares, strict=True)
+    ]
+    # In place where hooks hold the layer: a RoI pooler tells learners the images of their rows.
+    merged = _without_weights(layer) if isinstance(layer, nn.Conv2d | nn.Linear) else layer
+    merged.bias = _constant(bias, weights[0])
+    if isinstance(merged, SplitConv2d):
+        merged.weights = nn.ParameterList(scaled)
+    else:
+        merged.weight = scaled[0]
+    return merged.requires_grad_(False).eval()
+
+
+def _constant(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(like.dtype), requires_grad=False)
 
 
 def _without_weights(layer: nn.Conv2d | nn.Linear) -> nn.Module:

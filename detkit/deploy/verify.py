@@ -143,6 +143,7 @@ def detections(outputs: list[Any]) -> list[Detections]:
 def raw_pixels(images: Tensor, data: DataConfig) -> Any:
     """The uint8 pixels (N, 3, H, W) that gave the normalised ``images``."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
+    images = images.flip(1) if data.channels == "bgr" else images
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 

@@ -57,6 +57,10 @@ class Checkpoint(TypedDict):
         progress: The fields of :class:`detkit.engine.progress.Progress`; the schedule follows from
             them.
         scales: Statistics of learnt scales: ``{"layers", "stats", "meta"}``.
+        space: Of a supernet: its space, as ``SearchSpace.to_plain`` gives it.
+        stage: Of a supernet: ``pretrain`` (a classifier) or ``finetune`` (a detector).
+        search_split: Of a detector: which images it was trained on and which are for the search,
+            as ``SearchSplit.to_plain`` gives it.
         provenance: Versions of detkit and torch and where the weights came from.
     """
 
@@ -71,6 +75,9 @@ class Checkpoint(TypedDict):
     rng: NotRequired[dict[str, Any]]
     progress: NotRequired[dict[str, Any]]
     scales: NotRequired[dict[str, Any]]
+    space: NotRequired[dict[str, Any]]
+    stage: NotRequired[str]
+    search_split: NotRequired[dict[str, Any]]
     provenance: dict[str, Any]
 
 

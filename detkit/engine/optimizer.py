@@ -54,13 +54,17 @@ def set_factor(optimizer: Optimizer, lr: float, factor: float) -> float:
 
 def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     small_decay = optim.weight_decay if optim.norm_decay else 0.0
+    bias_decay = small_decay if optim.bias_decay else 0.0
     settings = {
         "weight": {"weight_decay": optim.weight_decay, "lr_factor": 1.0},
         "norm": {"weight_decay": small_decay, "lr_factor": 1.0},
-        "bias": {"weight_decay": small_decay, "lr_factor": optim.bias_lr_factor},
+        "bias": {"weight_decay": bias_decay, "lr_factor": optim.bias_lr_factor},
+        "shift": {"weight_decay": bias_decay, "lr_factor": 1.0},
     }
     members: dict[tuple[str, float], list[Tensor]] = {(role, 1.0): [] for role in settings}
     for role, factor, parameter in _roles(model):
+        if role == "shift" and optim.bias_decay:
+            role = "norm"
         members.setdefault((role, factor), []).append(parameter)
     groups = []
     for (role, factor), params in members.items():
@@ -71,7 +75,9 @@ def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
 
 
 def _roles(model: nn.Module) -> Iterator[tuple[str, float, nn.Parameter]]:
-    """Each trainable parameter once: ``weight``, ``norm`` or ``bias``, and its modules' factor."""
+    """Each trainable parameter once: ``weight``, ``norm``, ``shift`` (a norm's bias) or ``bias``,
+    and its modules' factor.
+    """
     seen: set[nn.Parameter] = set()
     factors = {"": 1.0}
     for path, module in model.named_modules():
@@ -83,5 +89,6 @@ def _roles(model: nn.Module) -> Iterator[tuple[str, float, nn.Parameter]]:
         for name, parameter in own.items():
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                role = "norm" if norm else "bias" if name.endswith("bias") else "weight"
+                bias = name.endswith("bias")
+                role = ("shift" if bias else "norm") if norm else "bias" if bias else "weight"
                 yield role, factors[path], parameter

@@ -19,7 +19,10 @@ from detkit.errors import ConfigError, DataError, StorageError
 
 _TIME = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(\d{8}-\d{6})-.+")
-_FILES = re.compile(r"config\.toml|metrics\.jsonl|log\.txt|\..+\.pth\.\d+\.tmp")
+_FILES = re.compile(
+    r"config\.toml|metrics\.jsonl|log\.txt|search_split\.json|report\.html|detections-.+\.json"
+    r"|\..+\.pth\.\d+\.tmp"
+)
 
 
 class RunFolder:

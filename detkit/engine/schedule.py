@@ -71,4 +71,6 @@ def _warmup(optim: OptimConfig, progress: float, step: int) -> float:
 def _decay(optim: OptimConfig, progress: float) -> float:
     if optim.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if optim.schedule == "linear":
+        return 1 - min(1.0, progress)
     return float(optim.gamma ** sum(progress >= milestone for milestone in optim.milestones))

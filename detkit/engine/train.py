@@ -90,7 +90,8 @@ def fit(
     resume: Checkpoint | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
-    scales: Mapping[str, Any] | None = None,
+    kept: Mapping[str, Any] | None = None,
+    before_step: Callable[[int], None] | None = None,
 ) -> FitResult:
     """Train ``model`` for the length the config gives and keep its checkpoints in ``run``.
 
@@ -114,7 +115,9 @@ def fit(
         resume: A checkpoint of this run to go on from.
         on_step: Called after each step on rank 0.
         provenance: Where the weights came from, stored beside the versions.
-        scales: Kept in every checkpoint: how the layers of a fast-deployment net are split.
+        kept: Entries of every checkpoint beside the usual ones, as they are.
+        before_step: Called by every process with t before it does step t (0, 1, ...), after any
+            evaluation; what it does must follow from t, or resuming is not exact.
 
     Raises:
         TrainingInterrupted: SIGTERM or SIGINT; ``last.pth`` is saved.
@@ -143,7 +146,7 @@ def fit(
                 "kind": kind,
                 "categories": categories.to_plain(),
                 "provenance": _origin(provenance),
-                **({} if scales is None else {"scales": scales}),
+                **(kept or {}),
             },
             torch.device(device),
             stack.enter_context(StopSignals()),
@@ -151,7 +154,7 @@ def fit(
         )
         if resume is not None:
             fitting.restore(resume)
-        return fitting.train(batches, evaluate, on_step)
+        return fitting.train(batches, evaluate, on_step, before_step)
 
 
 def _origin(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -182,7 +185,7 @@ class _Fitting:
         torch.manual_seed(config.train.seed + distributed.rank())
         self.model = model.to(device).train()
         self.amp = resolve_amp(config.train.amp, device)
-        self.layout = _layout(identity["kind"], device, self.amp)
+        self.layout = _layout(model, device, self.amp)
         self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(model, config.optim, config.train.batch_size)
         self.lr = base_lr(config.optim, config.train.batch_size)
@@ -201,6 +204,7 @@ class _Fitting:
         batches: Batches,
         evaluate: Evaluate | None,
         on_step: Callable[[StepInfo], None] | None,
+        before_step: Callable[[int], None] | None,
     ) -> FitResult:
         """Go on from where ``progress`` stands to the end of the schedule."""
         self.started = time.monotonic() - self.progress.elapsed_seconds
@@ -212,6 +216,8 @@ class _Fitting:
                     self._evaluate(evaluate)
                 if self._finished():
                     break
+                if before_step is not None:
+                    before_step(self.progress.step)
                 lr = self._step(iterator)
                 self._report(lr, first, on_step)
                 if self.progress.step % self.config.train.save_every == 0:
@@ -473,13 +479,13 @@ class _Fitting:
             _log.info("resumed after step %d", self.progress.step)
 
 
-def _layout(kind: str, device: torch.device, amp: str) -> torch.memory_format:
+def _layout(model: nn.Module, device: torch.device, amp: str) -> torch.memory_format:
     """The memory format that trains faster; channels last where convolutions dominate.
 
     Tensor cores and bf16 kernels read channels last. In fp32 on the CPU it saves a classifier about
     a seventh of the time, while a detector loses more in its RoI operators than it gains.
     """
-    classifier = kind in ("backbone", "supernet") and device.type == "cpu"
+    classifier = hasattr(model, "classify") and device.type == "cpu"
     return torch.channels_last if amp != "off" or classifier else torch.contiguous_format
 
 

@@ -6,11 +6,12 @@ A gene is the index of a position's block in ``SearchSpace.ops``; one gene per p
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from detkit.config import suggest
+from detkit.config import SUPERNET, SpaceConfig, suggest
 from detkit.errors import ConfigError
 
 Genes = tuple[int, ...]
@@ -238,8 +239,29 @@ PREFIX = "detnas:"
 _CONVENTIONS: dict[str, Shuffle] = {"shuffle1": 1, "shuffle2": 2}
 
 
-def parse_architecture(name: str) -> tuple[SearchSpace, Genes]:
+def own_space(settings: SpaceConfig) -> SearchSpace | None:
+    """The space of the table ``space`` of a configuration, None where there is none.
+
+    Raises:
+        ConfigError: It is not complete, makes no network, or has the name of a published space.
+    """
+    if settings == SpaceConfig():
+        return None
+    name = settings.name
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in SPACES:
+        raise ConfigError(
+            "space.name: must be letters, digits, dots and dashes, and none of "
+            f"{', '.join(SPACES)}, got {name!r}"
+        )
+    return SearchSpace.from_plain(dataclasses.asdict(settings))
+
+
+def parse_architecture(name: str, own: SearchSpace | None = None) -> tuple[SearchSpace, Genes]:
     """Space and genes of ``detnas:<space>:<genes>[:shuffle1|:shuffle2]``.
+
+    Args:
+        name: The name.
+        own: A space beside the published ones.
 
     Raises:
         ConfigError: Not such a name, or not a network of the space.
@@ -249,22 +271,34 @@ def parse_architecture(name: str) -> tuple[SearchSpace, Genes]:
         raise ConfigError(
             f"model.backbone: must read detnas:<space>:<genes>[:shuffle1|:shuffle2], got {name!r}"
         )
-    if parts[1] not in SPACES:
+    spaces = SPACES if own is None else {**SPACES, own.name: own}
+    if parts[1] not in spaces:
         raise ConfigError(
-            f"model.backbone: the space must be one of {', '.join(SPACES)}, got {parts[1]!r}"
-            f"{suggest(parts[1], SPACES)}"
+            f"model.backbone: the space must be one of {', '.join(spaces)}, got {parts[1]!r}"
+            f"{suggest(parts[1], spaces)}; the table [space] defines others"
         )
-    space = _shuffled(SPACES[parts[1]], parts[3:], name)
+    space = _shuffled(spaces[parts[1]], parts[3:], name)
     return space, space.parse(parts[2])
 
 
-def parse_supernet(name: str) -> SearchSpace | None:
+def parse_supernet(name: str, own: SearchSpace | None = None) -> SearchSpace | None:
     """Space of ``<supernet>[:shuffle1|:shuffle2]``, None where the name is not a supernet's.
 
+    Args:
+        name: The name; ``detnas-supernet`` is the supernet of ``own``.
+        own: A space beside the published ones.
+
     Raises:
-        ConfigError: Something else follows the supernet's name.
+        ConfigError: Something else follows the supernet's name, or it needs a space of one's own.
     """
     first, *rest = name.split(":")
+    if first == SUPERNET:
+        if own is None:
+            raise ConfigError(
+                f"model.backbone: must be one of {', '.join(SUPERNETS)} where there is no table "
+                f"[space], got {name!r}"
+            )
+        return _shuffled(own, rest, name)
     return _shuffled(SPACES[SUPERNETS[first]], rest, name) if first in SUPERNETS else None
 
 
@@ -285,7 +319,25 @@ def architecture_name(space: SearchSpace, genes: Sequence[int]) -> str:
     Raises:
         ConfigError: A space of the user's own has no such name, or the genes are not of it.
     """
-    known = SPACES.get(space.name)
-    if known is None or replace(known, shuffle=space.shuffle) != space:
+    if not _published(space):
         raise ConfigError(f"space: must be one of {', '.join(SPACES)}, got {space.name!r}")
+    return _name(space, genes)
+
+
+def network_tables(space: SearchSpace, genes: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Tables of settings that name one network: its backbone, and the space if it is one's own.
+
+    Raises:
+        ConfigError: The genes are not of the space.
+    """
+    tables: dict[str, dict[str, Any]] = {"model": {"backbone": _name(space, genes)}}
+    return tables if _published(space) else tables | {"space": space.to_plain()}
+
+
+def _published(space: SearchSpace) -> bool:
+    known = SPACES.get(space.name)
+    return known is not None and replace(known, shuffle=space.shuffle) == space
+
+
+def _name(space: SearchSpace, genes: Sequence[int]) -> str:
     return f"{PREFIX}{space.name}:{space.text(genes)}:shuffle{space.shuffle}"

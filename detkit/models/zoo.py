@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from detkit.config import Config, suggest
+from detkit.config import Config, ModelConfig, is_supernet, suggest
 from detkit.errors import ConfigError
 from detkit.models.backbones.base import Backbone
 from detkit.models.backbones.detnet import detnet, detnet_tiny
@@ -25,6 +25,8 @@ from detkit.models.search_space import (
     PREFIX,
     SPACES,
     SUPERNETS,
+    SearchSpace,
+    own_space,
     parse_architecture,
     parse_supernet,
 )
@@ -61,7 +63,11 @@ WEIGHTS_OF = {"resnet50-dilated": "resnet50-msra", "resnet101-dilated": "resnet1
 
 
 def build_backbone(
-    name: str, norm: str = "frozen_bn", frozen_stages: int = 0, norm_eps: float = 1e-5
+    name: str,
+    norm: str = "frozen_bn",
+    frozen_stages: int = 0,
+    norm_eps: float = 1e-5,
+    space: SearchSpace | None = None,
 ) -> Backbone:
     """A backbone with random weights: one of BACKBONES, a supernet, or any network of DetNAS.
 
@@ -70,11 +76,12 @@ def build_backbone(
         norm: Name of its norms.
         frozen_stages: Stages that stay fixed.
         norm_eps: Added to the variances of its batch norms.
+        space: A search space beside the published ones.
 
     Raises:
         ConfigError: An unknown name.
     """
-    backbone = _maker(name)(norm)
+    backbone = _maker(name, space)(norm)
     last = backbone.num_stages
     if frozen_stages > last:
         raise ConfigError(
@@ -86,11 +93,11 @@ def build_backbone(
     return backbone.freeze(frozen_stages)
 
 
-def _maker(name: str) -> Callable[[str], Backbone]:
+def _maker(name: str, own: SearchSpace | None) -> Callable[[str], Backbone]:
     if name.startswith(PREFIX):
-        space, genes = parse_architecture(name)
+        space, genes = parse_architecture(name, own)
         return lambda norm: shuffle_net(space, genes, norm)
-    supernet = parse_supernet(name)
+    supernet = parse_supernet(name, own)
     if supernet is not None:
         return lambda norm: ShuffleSupernet(supernet, norm)
     return BACKBONES[_known("model.backbone", name, BACKBONES | dict.fromkeys(SUPERNETS))]
@@ -98,25 +105,63 @@ def _maker(name: str) -> Callable[[str], Backbone]:
 
 def build_classifier(config: Config, num_classes: int) -> Classifier:
     """Classifier over ``config.model.backbone``, random weights."""
+    model = Classifier(_backbone(config), num_classes, config.train.label_smoothing)
+    _set_momentum(model, config.model.norm_momentum)
+    return model
+
+
+def supernet_space(config: Config) -> SearchSpace | None:
+    """The space of ``config.model.backbone``, None where it is no supernet.
+
+    Raises:
+        ConfigError: A space that is not there, or makes no network.
+    """
+    return parse_supernet(config.model.backbone, own_space(config.space))
+
+
+def _backbone(config: Config) -> Backbone:
     model = config.model
-    backbone = build_backbone(model.backbone, model.norm, model.frozen_stages, model.norm_eps)
-    return Classifier(backbone, num_classes, config.train.label_smoothing)
+    if is_supernet(model.backbone):
+        _check_supernet(model)
+    return build_backbone(
+        model.backbone, model.norm, model.frozen_stages, model.norm_eps, own_space(config.space)
+    )
+
+
+def _check_supernet(model: ModelConfig) -> None:
+    """Refuse what fixes norms or weights that each path needs its own way."""
+    for key, value, must, good in (
+        ("norm", model.norm, "bn, sync_bn or gn", model.norm != "frozen_bn"),
+        ("frozen_stages", model.frozen_stages, "0 or 1", model.frozen_stages <= 1),
+        ("scales", model.scales, "'off'", model.scales == "off"),
+    ):
+        if not good:
+            raise ConfigError(
+                f"model.{key}: must be {must} for a supernet, whose paths share their norms and "
+                f"blocks, got {value!r}"
+            )
+
+
+def _set_momentum(model: nn.Module, momentum: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
 
 
 def build_detector(config: Config, num_classes: int) -> Detector:
     """The detector ``config.model.detector`` on ``config.model.backbone``, random weights.
 
     Args:
-        config: The run's configuration; the tables model to mask are used.
+        config: The run's configuration; the tables model to mask and space are used.
         num_classes: Classes without background.
 
     Raises:
         ConfigError: An unknown name, or settings that do not fit together.
     """
-    model = config.model
-    build = DETECTORS[_known("model.detector", model.detector, DETECTORS)]
-    backbone = build_backbone(model.backbone, model.norm, model.frozen_stages, model.norm_eps)
-    return build(config, backbone, num_classes)
+    build = DETECTORS[_known("model.detector", config.model.detector, DETECTORS)]
+    model = build(config, _backbone(config), num_classes)
+    _set_momentum(model, config.model.norm_momentum)
+    return model
 
 
 DETECTORS: dict[str, Callable[[Config, Backbone, int], Detector]] = {

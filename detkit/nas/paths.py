@@ -22,7 +22,7 @@ PathSampler = Callable[[int], Genes]
 Sampling = Literal["uniform", "macs-bins"]
 
 # One stream of chance per purpose, so that no two choices share numbers.
-PATHS, PROPOSALS = range(2)
+PATHS, PROPOSALS, SPLIT, EVAL_PATHS = range(4)
 
 # Full multiply-adds in millions between which the released code draws paths of its small space.
 _EDGES = tuple(m * 1_000_000 for m in range(290, 361, 10))
@@ -99,7 +99,7 @@ def path_sampler(sampling: Sampling, space: SearchSpace, seed: int) -> PathSampl
 
 
 def generator(seed: int, purpose: int, step: int) -> Generator:
-    """Chance that belongs to one step of one purpose (:data:`PATHS`, :data:`PROPOSALS`)."""
+    """Chance that belongs to one step of one purpose (:data:`PATHS`, :data:`PROPOSALS`, ...)."""
     if seed < 0 or step < 0:
         raise ConfigError(f"seed and step: must be zero or more, got {seed} and {step}")
     return Generator(PCG64(SeedSequence([seed, purpose, step])))

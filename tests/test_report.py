@@ -1,0 +1,210 @@
+"""`detkit report`: its pages for every kind of run, and what it keeps between two reports."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from detkit import reporting
+from detkit.cli.main import run
+
+EVIL = "<script>alert('cat')</script>"
+SMALL = [
+    *("--set", "data.short_side=96", "--set", "data.long_side=128", "--set", "data.multi_scale=[]"),
+    *("--set", "data.workers=0", "--batch-size", "2"),
+]
+DETECTED = ["accuracy", "precision", "iou-area", "confusion", "errors"]
+
+
+class Reader(HTMLParser):
+    """Tags, ids and addresses of a page; unclosed and stray tags."""
+
+    VOID = {"meta", "link", "img", "br", "path", "use", "rect"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(str(value))
+            if key in ("href", "src", "xlink:href"):
+                self.addresses.append(str(value))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open, f"</{tag}> closes nothing"
+            assert self.open.pop() == tag
+
+
+def checked(path: Path) -> str:
+    """The page, well-formed, with nothing loaded from elsewhere, no script, and one of each id."""
+    text = path.read_text(encoding="utf-8")
+    page = Reader(text)
+    assert not page.open
+    assert len(set(page.ids)) == len(page.ids)
+    assert "script" not in page.tags
+    inside = {f"#{i}" for i in page.ids}
+    assert all(a in inside or a.startswith("data:") for a in page.addresses)
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert len(text.encode()) < 5_000_000
+    return text
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a classifier and detectors trained for a step or two; one class is evil."""
+    folder = tmp_path_factory.mktemp("road")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(["data", "synth", "shapes", "--train", "6", "--val", "4", "--size", "128"]) == 0
+        for file in Path("shapes/annotations").glob("*.json"):
+            content = json.loads(file.read_text())
+            content["categories"][0]["name"] = EVIL
+            file.write_text(json.dumps(content))
+        assert run(["pretrain", "--steps", "2", "--set", "data.workers=0"]) == 0
+        line = ["finetune", "--data", "shapes", *SMALL]
+        assert run([*line, "--steps", "2", "--out", "plain"]) == 0
+        learn = ["--scales", "learn", "--set", "scales.images=2", "--set", "scales.log_every=1"]
+        assert run([*line, "--steps", "2", "--out", "learn", *learn]) == 0
+    return folder
+
+
+@pytest.fixture
+def there(road: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(road)
+    return road
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    capsys.readouterr()
+    code = run(["report", *arguments, "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert code == 0, answer
+    return answer
+
+
+def test_a_detector_is_detected_once_and_its_names_are_escaped(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = report(capsys, "plain")
+    assert answer["report"] == "plain/report.html"
+    wanted = ["overview", "training", *DETECTED, "pictures", "settings"]
+    assert answer["sections"] == wanted
+    text = checked(Path("plain/report.html"))
+    assert EVIL not in text
+    assert "&lt;script&gt;alert" in text
+    assert set(re.findall(r'<section id="([^"]+)"', text)) == set(wanted)
+    code = run(["eval", "plain/best.pth", "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    assert (code, answer["runs"][0]["metrics"]["bbox"]) == (0, scores["bbox"])
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting, "restore", None)  # no model is built for the second report
+        assert report(capsys, "plain")["runs"] == answer["runs"]
+    assert checked(Path("plain/report.html")) == text
+    report(capsys, "plain", "--set", "box.max_detections=1", "-o", "other.html")
+    assert len(list(Path("plain").glob("detections-*.json"))) == 2  # other settings, other file
+    assert report(capsys, "plain", "--limit", "2", "-o", "two.html")["runs"][0]["images"] == 2
+
+
+def test_runs_side_by_side(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (classifier,) = Path("runs/pretrain").iterdir()
+    answer = report(capsys, "plain", "learn", str(classifier), "-o", "all.html")
+    assert [r["name"] for r in answer["runs"]] == ["plain", "learn", classifier.name]
+    wanted = ["overview", "training", *DETECTED, "scales", "pictures", "settings"]
+    assert answer["sections"] == wanted
+    text = checked(Path("all.html"))
+    for part in (
+        "Settings that differ",
+        "model.scales",
+        "Course over training",
+        "AP of each class",
+    ):
+        assert part in text
+
+
+def test_without_a_run_it_takes_the_newest(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = report(capsys)
+    assert answer["sections"] == ["overview", "training", "settings"]
+    assert answer["runs"][0]["run"].startswith("runs/pretrain/")
+    assert "top1" in checked(Path(answer["report"]))
+
+
+def test_an_interrupted_run_is_told_as_far_as_it_came(
+    there: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    shutil.copy("plain/config.toml", folder)
+    answer = report(capsys, str(folder))
+    assert answer["sections"] == ["overview", "settings"]
+    lines = Path("plain/metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text(lines[0] + "\n" + lines[1][:20])
+    answer = report(capsys, str(folder))
+    assert answer["sections"] == ["overview", "training", "settings"]
+    assert any("50%" in note for note in answer["runs"][0]["notes"])
+    assert any("no checkpoint" in note for note in answer["runs"][0]["notes"])
+    assert "no checkpoint" in checked(folder / "report.html")
+    # The report does not keep the run from being started again in its folder.
+    line = ["finetune", "--data", "shapes", *SMALL, "--steps", "1", "--out", str(folder)]
+    assert run(line) == 0
+
+
+def test_a_run_whose_data_is_gone_still_has_its_curves(
+    there: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree("plain", tmp_path / "plain")
+    target = str(tmp_path / "plain")
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.chdir(tmp_path)
+        answer = report(capsys, target)
+        assert answer["sections"] == ["overview", "training", "settings"]
+        assert any("shapes" in note for note in answer["runs"][0]["notes"])
+        assert run(["report", target, "--data", "elsewhere"]) == 2  # asked for by name: refused
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("report nowhere", "config.toml"),
+        ("report .", "plain"),
+        ("report plain plain", "once each"),
+        ("report plain -o no/such/report.html", "-o"),
+        ("report plain --recipe tiny/pretrain", "--recipe"),
+    ],
+)
+def test_wrong_usage_is_refused(
+    line: str, hint: str, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run([*line.split(), "--json"]) == 2
+    assert hint in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    capsys.readouterr()
+    assert run(["report", "plain", "--json"]) == 2
+    assert "pip install detkit[plots]" in json.loads(capsys.readouterr().out)["error"]
