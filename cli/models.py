@@ -20,7 +20,8 @@ def command(common: Common, size: str | None) -> None:
     Backbones are counted as classifiers of 1000 classes at 224x224; --size adds whole detectors
     (80 classes) on every
     backbone, or on --backbone alone. One multiply-add is one MAC; convolutions and linear layers
-    count. A supernet has the parameters of all its blocks, and each path its own MACs.
+    count. Supernets have a range: stem and blocks of their lightest and heaviest network, without a
+    classifier's last layers, as `detkit search` limits them.
 
     \b
     Examples:
@@ -40,15 +41,19 @@ def _show(table: dict[str, Any], size: str | None) -> None:
     from detkit.cli.tables import print_table, rows_table
 
     rows = [
-        [b["name"], b["params"], _macs(b, "macs_224"), ", ".join(map(_stage, b["stages"]))]
+        [b["name"], b["params"], b["macs_224"], ", ".join(map(_stage, b["stages"]))]
         for b in table["backbones"]
     ]
     columns = ["name", "params", "MACs at 224", "stages (channels/stride)"]
     print_table(rows_table("backbones", columns, rows))
+    rows = [
+        [s["name"], f"{s['choices']}^{s['positions']}", s["params"], *s["body_macs_224"]]
+        for s in table["supernets"]
+    ]
+    columns = ["name", "networks", "params", "least body MACs", "most"]
+    print_table(rows_table("supernets", columns, rows))
     if size:
-        rows = [
-            [d["name"], d["backbone"], d["params"], _macs(d, "macs")] for d in table["detectors"]
-        ]
+        rows = [[d["name"], d["backbone"], d["params"], d["macs"]] for d in table["detectors"]]
         print_table(
             rows_table("detectors", ["name", "backbone", "params", f"MACs at {size}"], rows)
         )
@@ -56,11 +61,6 @@ def _show(table: dict[str, Any], size: str | None) -> None:
         print_table(rows_table("detectors", ["name"], [[d["name"]] for d in table["detectors"]]))
     rows = [[r["name"], r["summary"]] for r in table["recipes"]]
     print_table(rows_table("recipes", ["name", "summary"], rows))
-
-
-def _macs(row: dict[str, Any], key: str) -> Any:
-    """Multiply-adds, of a supernet those of its lightest and of its heaviest path."""
-    return f"{row['paths'][key][0]:,} to {row['paths'][key][1]:,}" if "paths" in row else row[key]
 
 
 def _stage(stage: dict[str, Any]) -> str:

@@ -54,8 +54,8 @@ from detkit.loading import Loaded as Loaded
 from detkit.loading import build as build
 from detkit.loading import load as load
 from detkit.loading import pick_device as pick_device
-from detkit.models.count import Part, count_classifier, count_detector
-from detkit.models.search_space import PREFIX, SUPERNETS, network_tables, parse_supernet
+from detkit.models.count import count_classifier, count_detector
+from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architecture
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
 from detkit.nas.cost import cost_table
 from detkit.nas.split import SearchSplit
@@ -787,7 +787,7 @@ def _write_json(path: str | Path, value: Any) -> None:
 def model_table(
     size: tuple[int, int] | None = None, backbone: str | None = None, detector: str | None = None
 ) -> dict[str, Any]:
-    """Every backbone, detector and recipe, as ``detkit models --json`` prints them.
+    """Every backbone, supernet, detector and recipe, as ``detkit models --json`` prints them.
 
     Args:
         size: (height, width): also count whole detectors with 80 classes on one such image.
@@ -798,22 +798,16 @@ def model_table(
         ConfigError: an unknown name.
     """
     if backbone is not None and backbone.startswith(PREFIX):
-        backbones = [backbone]
+        parse_architecture(backbone)
+        nets = [backbone]
     else:
-        backbones = _named("--backbone", backbone, BACKBONES | SUPERNETS)
+        nets = _named("--backbone", backbone, BACKBONES | SUPERNETS)
     detectors = _named("--detector", detector, DETECTORS)
+    backbones = [name for name in nets if name not in SUPERNETS]
     return {
         "backbones": [_backbone_row(name) for name in backbones],
-        "detectors": (
-            [{"name": name} for name in detectors]
-            if size is None
-            else [
-                _detector_row(name, on, size)
-                for name in detectors
-                for on in backbones
-                if on not in SUPERNETS or name != "frcnn-c4"  # whose head would be the last stages
-            ]
-        ),
+        "supernets": [_supernet_row(name) for name in nets if name in SUPERNETS],
+        "detectors": [row for name in detectors for row in _detector_rows(name, backbones, size)],
         "recipes": [
             {"name": name, "summary": _recipe_summary(path), "path": str(path)}
             for name, path in configs.recipes().items()
@@ -832,52 +826,50 @@ def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
 
 
 def _backbone_row(name: str) -> dict[str, Any]:
-    """A backbone as a classifier; a supernet has the parameters of all paths, and two ends of their
-    multiply-adds.
-    """
     with torch.device("meta"):
-        backbone = build_backbone(name, "bn")
+        backbone = build_backbone(name)
+    cost = count_classifier(backbone)
     stages = [
         {"name": level, "channels": spec.channels, "stride": spec.stride}
         for level, spec in backbone.feature_specs.items()
     ]
-    space = parse_supernet(name)
-    if space is None:
-        total = count_classifier(backbone)["total"]
-        return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
+    total = cost["total"]
+    return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
+
+
+def _supernet_row(name: str) -> dict[str, Any]:
+    """Parameters as a classifier of 1000 classes, and the range of what a search limits."""
+    space = SPACES[SUPERNETS[name]]
     table = cost_table(space)
-    paths = {
-        "count": space.size,
-        "macs_224": [table.full(genes).macs for genes in table.extremes()],
-        "body_macs_224": list(table.body_macs_range()),  # what a search limits
-    }
-    params = table.supernet_params() + table.tail.params
     return {
         "name": name,
-        "params": params,
-        "macs_224": None,
-        "paths": paths,
-        "stages": stages,
+        "space": space.name,
+        "positions": len(space),
+        "choices": len(space.ops),
+        "params": table.supernet_params() + table.tail.params,
+        "body_macs_224": list(table.body_macs_range()),
     }
 
 
-def _detector_row(name: str, backbone: str, size: tuple[int, int]) -> dict[str, Any]:
-    def counted(tables: dict[str, Any]) -> Part:
-        model = {"detector": name} | tables["model"]
-        config = configs.resolve([tables | {"model": model}])
-        return count_detector(config, COCO_CLASSES, *size)["total"]
-
-    row: dict[str, Any] = {"name": name, "backbone": backbone, "size": list(size)}
-    space = parse_supernet(backbone)
-    if space is None:
-        cost = counted({"model": {"backbone": backbone}})
-        return row | {"params": cost.params, "macs": cost.macs}
-    table = cost_table(space)
-    ends = [counted(network_tables(space, genes)) for genes in table.extremes()]
-    rest = ends[0].params - table.body(table.extremes()[0]).params
-    params = rest + table.supernet_params()
-    macs = [end.macs for end in ends]
-    return row | {"params": params, "macs": None, "paths": {"count": space.size, "macs": macs}}
+def _detector_rows(
+    name: str, backbones: Iterable[str], size: tuple[int, int] | None
+) -> list[dict[str, Any]]:
+    if size is None:
+        return [{"name": name}]
+    rows = []
+    for backbone in backbones:
+        config = configs.resolve([{"model": {"detector": name, "backbone": backbone}}])
+        cost = count_detector(config, COCO_CLASSES, *size)["total"]
+        rows.append(
+            {
+                "name": name,
+                "backbone": backbone,
+                "size": list(size),
+                "params": cost.params,
+                "macs": cost.macs,
+            }
+        )
+    return rows
 
 
 def _recipe_summary(path: Path) -> str:

@@ -296,27 +296,3 @@ def test_two_processes_train_the_same_paths_and_agree_on_their_score(there: Path
     metrics = [json.loads(row) for row in Path("together/metrics.jsonl").read_text().splitlines()]
     (evaluated,) = [row for row in metrics if row["kind"] == "eval"]
     assert 0 <= evaluated["metrics"]["top1"] <= 1
-
-
-def test_supernets_are_listed_with_the_range_of_their_paths(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    code, table = call(
-        capsys,
-        "models",
-        "--backbone",
-        "detnas-supernet20",
-        "--detector",
-        "frcnn-fpn",
-        "--size",
-        "64x64",
-    )
-    assert code == 0
-    (row,) = table["backbones"]
-    full = 33_136_640  # multiply-adds of the last convolution and the classes
-    body = [237_222_720, 365_472_576]
-    ends = [macs + full for macs in body]
-    assert (row["params"], row["macs_224"]) == (8_491_688, None)
-    assert row["paths"] == {"count": 4**20, "macs_224": ends, "body_macs_224": body}
-    (row,) = table["detectors"]
-    assert row["paths"]["macs"][1] - row["paths"]["macs"][0] == (ends[1] - ends[0]) * 4 // 49

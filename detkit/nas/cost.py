@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from detkit.models.search_space import OPS, Genes, Op, Position, SearchSpace
+from detkit.models.search_space import OPS, Op, Position, SearchSpace
 
 SIDE = 224
 """Side in pixels of the image that published costs are for."""
@@ -58,12 +58,6 @@ class CostTable:
         """Multiply-adds of the lightest and of the heaviest body."""
         macs = [[cost.macs for cost in costs] for costs in self.blocks]
         return self.stem.macs + sum(map(min, macs)), self.stem.macs + sum(map(max, macs))
-
-    def extremes(self) -> tuple[Genes, Genes]:
-        """Networks with the fewest and with the most multiply-adds."""
-        macs = [[cost.macs for cost in costs] for costs in self.blocks]
-        light = tuple(row.index(min(row)) for row in macs)
-        return light, tuple(row.index(max(row)) for row in macs)
 
     def supernet_params(self) -> int:
         """Parameters of the body of the supernet."""
