@@ -306,7 +306,7 @@ def _facts(
     trained = [line for line in lines if line["kind"] == "train"]
     if trained:
         facts["steps"] = trained[-1]["step"]
-        facts["minutes"] = round(trained[-1]["elapsed_seconds"] / 60, 1)
+        facts["minutes"] = f"{trained[-1]['elapsed_seconds'] / 60:.1f}"
     if stored is not None:
         facts["classes"] = len(stored["categories"]["names"])
         facts["parameters"] = _parameters(stored)

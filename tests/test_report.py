@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import browser, look
 
 from detkit import reporting
 from detkit.cli.main import run
@@ -208,3 +209,42 @@ def test_without_matplotlib_it_says_what_to_install(
     capsys.readouterr()
     assert run(["report", "plain", "--json"]) == 2
     assert "pip install detkit[plots]" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.slow
+def test_a_browser_shows_every_section_on_a_telephone_and_a_desktop(
+    there: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """No console message, nothing requested, nothing wider than the screen, text one can read."""
+    browser()
+    answer = report(capsys, "learn", "plain", "-o", str(tmp_path / "report.html"))
+    for width in (390, 1280):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        seen = look(tmp_path / "report.html", width, folder)
+        assert seen["console"] == seen["requests"] == seen["wide"] == []
+        assert seen["width"] == width
+        assert seen["scrollWidth"] <= width
+        assert seen["sections"] == dict.fromkeys(answer["sections"], True)
+        assert seen["images"] > 0
+        assert seen["broken"] == 0
+        assert seen["smallestText"] > 8
+
+
+def test_the_browser_sees_what_is_wrong(tmp_path: Path) -> None:
+    """Guards the test above: a page with every fault it looks for."""
+    browser()
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<!DOCTYPE html><body><section id=gone style='display:none'>x</section>"
+        "<p style='width:900px'>wide</p><img src='data:image/png;base64,AAAA'>"
+        "<link rel=stylesheet href=http://127.0.0.1:9/none.css><script>console.error('oh')</script>"
+    )
+    (tmp_path / "look").mkdir()
+    seen = look(page, 390, tmp_path / "look")
+    assert seen["scrollWidth"] > 390
+    assert any("900px" in element for element in seen["wide"])
+    assert seen["sections"] == {"gone": False}
+    assert seen["broken"] == 1
+    assert any("oh" in row for row in seen["console"])
+    assert any(name.endswith("none.css") for name in seen["requests"])

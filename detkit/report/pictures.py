@@ -79,7 +79,7 @@ def _row(found: Scored, place: int) -> list[Picture]:
     names = {c["id"]: c["name"] for c in first.truth["categories"]}
     objects = [_box(a) for a in first.truth["annotations"] if a["image_id"] == record["id"]]
     file = record.get("file_name", record["id"])
-    row = [Picture(draw_boxes(image, objects, names), f"{file}: truth, {len(objects)} objects")]
+    row = [Picture(draw_boxes(image, objects, names), f"{file}: truth, {_objects(len(objects))}")]
     for _, run, e in found:
         shown = [
             r
@@ -89,6 +89,10 @@ def _row(found: Scored, place: int) -> list[Picture]:
         text = f"{run.name}: {_summary(e, place)}"
         row.append(Picture(draw_boxes(image, shown, names), text))
     return row
+
+
+def _objects(count: int) -> str:
+    return "1 object" if count == 1 else f"{count} objects"
 
 
 def _box(annotation: Record) -> Record:
@@ -115,7 +119,7 @@ def _summary(e: Evaluation, place: int) -> str:
 
 def _card(row: Sequence[Picture], codes: Iterator[str]) -> str:
     cells = "".join(
-        f'<div><img loading="lazy" alt="{escape(p.text)}" src="{next(codes)}">'
+        f'<div><img decoding="async" alt="{escape(p.text)}" src="{next(codes)}">'
         f"<span>{escape(p.text)}</span></div>"
         for p in row
     )
