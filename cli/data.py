@@ -71,25 +71,39 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--train", "images_train", default=400, show_default=True, help="Training images.")
 @click.option("--val", "images_val", default=100, show_default=True, help="Validation images.")
 @click.option("--size", default=256, show_default=True, help="Side of the images in pixels.")
+@click.option(
+    "--sides",
+    type=(int, int),
+    metavar="LOW HIGH",
+    help="Draw the longer sides of objects log-uniformly between these pixels.",
+)
 @common_options()
 def synth_command(
-    common: Common, folder: Path, images_train: int, images_val: int, size: int
+    common: Common,
+    folder: Path,
+    images_train: int,
+    images_val: int,
+    size: int,
+    sides: tuple[int, int] | None,
 ) -> None:
     r"""Write the synthetic set (COCO json with masks); the same seed writes the same bytes.
 
     \b
-    Example:
+    Examples:
       detkit data synth shapes --train 400 --val 100 --seed 1
+      detkit data synth shapes --size 128 --sides 8 128
     """
     from detkit.data import synthetic
 
     result = {"folder": str(folder), "train": images_train, "val": images_val, "size": size}
+    result |= {"sides": None if sides is None else list(sides)}
     if not common.dry_run:
         synthetic.write(
             folder,
             images_train=images_train,
             images_val=images_val,
             size=size,
+            sides=sides,
             seed=common.seed or 0,
         )
     emit(

@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "Train a backbone as a classifier.",
     "finetune": "Train a detector.",
     "decompose": "Turn learnt scales into plain convolutions (POD).",
+    "search": "Find the fittest network of a trained supernet (DetNAS).",
     "eval": "Score a detector, or a file of detections, by COCO or VOC metrics.",
     "report": "Write one HTML page about runs: curves, accuracy, errors, pictures.",
     "predict": "Find objects in images: drawn pictures, and a COCO results file.",

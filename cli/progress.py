@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from detkit.detnas import SearchProgress
     from detkit.engine.train import StepInfo
 
 
@@ -43,6 +44,38 @@ class TrainProgress:
     def __call__(self, info: StepInfo) -> None:
         """Show one step; losses are those of the last logging step."""
         self._bar.update(self._task, completed=info.progress, text=_text(info))
+
+
+class SearchBar:
+    """Shows how far a search is; call it with each SearchProgress, use it as a context manager."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("search"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("search", total=None, text="reading images")
+
+    def __enter__(self) -> SearchBar:
+        self._bar.start()
+        if not self._bar.disable:
+            _quiet(logging.WARNING)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+        _quiet(logging.NOTSET)
+
+    def __call__(self, now: SearchProgress) -> None:
+        """Show one evaluation."""
+        best = "none yet" if now.best is None else f"{now.best:.4f}"
+        text = f"{now.done} of {now.total} networks, best {best}, {now.left} left"
+        self._bar.update(self._task, completed=now.done, total=now.total, text=text)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """detkit: design, train, slim, search and deploy convolutional object detectors.
 
 Importing this package loads no torch; the public functions, of :mod:`detkit.api`,
-:mod:`detkit.comparison`, :mod:`detkit.reporting` and :mod:`detkit.pod`, are looked up on first use.
+:mod:`detkit.comparison`, :mod:`detkit.detnas`, :mod:`detkit.pod` and :mod:`detkit.reporting`, are
+looked up on first use.
 """
 
 import importlib
@@ -13,6 +14,7 @@ _API = {
     "compare": "detkit.comparison",
     "write_report": "detkit.reporting",
     **dict.fromkeys(("collect_scales", "decompose"), "detkit.pod"),
+    "search": "detkit.detnas",
 }
 _SUBMODULES = ("api", "config", "data", "engine", "errors", "models", "ops", "scales", "types")
 __all__ = ["__version__", *_API, *_SUBMODULES]

@@ -687,6 +687,9 @@ class SearchConfig:
     fitness: str = "detection"
     """detection: eval.metric of the fine-tuned supernet on held-out images; classification: top-1
     of the pre-trained one."""
+    split: str = ""
+    """Images that score networks: those held out, or another split by name, or a .json file with
+    the ids of images trained on and held out."""
     population: int = 50
     """Networks evaluated per generation."""
     generations: int = 20

@@ -83,7 +83,15 @@ class DenseDetector(nn.Module):
         rows = torch.arange(height, device=x.device) < sizes[:, 0, None]  # (N, H)
         columns = torch.arange(width, device=x.device) < sizes[:, 1, None]  # (N, W)
         x = torch.where((rows[:, :, None] & columns[:, None])[:, None], x, 0.0)
-        return F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
+        return F.pad(x, (0, self.missing(width), 0, self.missing(height)))
+
+    def missing(self, side: int) -> int:
+        """Pixels from ``side`` to the next multiple.
+
+        Written so that a side not known while tracing becomes ``multiple`` times an unknown: the
+        tracer then sees that halving is exact and keeps the sizes of all maps short.
+        """
+        return (side + self.multiple - 1) // self.multiple * self.multiple - side
 
 
 def two_stage(
