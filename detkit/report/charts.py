@@ -36,6 +36,7 @@ class Line:
         opacity: 0 to 1.
         dots: Mark each point.
         steps: Hold each height up to the next point.
+        joined: False for dots alone.
     """
 
     name: str = ""
@@ -46,6 +47,7 @@ class Line:
     opacity: float = 1.0
     dots: bool = False
     steps: bool = False
+    joined: bool = True
 
     @property
     def color(self) -> str:
@@ -118,7 +120,8 @@ class Charts:
         svg = inline_svg(figure, next(self._keys), title)
         if wide:
             inches = figure.get_size_inches()[0]
-            style = f'style="min-width:{min(70, 6.2 * inches):.0f}rem"' if inches > 6 else ""
+            least = f"min-width:{5.4 * inches:.0f}rem;" if inches > SIZE[0] else ""
+            style = f'style="{least}max-width:{6.5 * inches:.0f}rem"'
             svg = (
                 f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
                 f"<div {style}>{svg}</div></div>"
@@ -164,8 +167,12 @@ def set_axes(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     logarithmic: bool = False,
+    marks: Sequence[float] = (),
 ) -> None:
-    """Labels and ranges; a logarithmic axis only where all heights are positive and far apart."""
+    """Labels and ranges, and dashes at ``marks`` of the horizontal axis.
+
+    A logarithmic axis only where all heights are positive and far apart.
+    """
     from matplotlib.ticker import LogLocator
 
     _frame(panel, x_label, y_label)
@@ -177,6 +184,8 @@ def set_axes(
         panel.minorticks_off()
     elif heights and max(map(abs, heights)) < 0.01:
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for mark in marks:
+        panel.axvline(mark, color=QUIET, linewidth=1, linestyle="dashed")
     if x_range:
         panel.set_xlim(*x_range)
     if y_range:
@@ -199,11 +208,12 @@ def _draw(panel: Axes, line: Line) -> None:
         list(line.x),
         heights,
         color=line.color,
-        linestyle=line.dash,
+        linestyle=line.dash if line.joined else "none",
         linewidth=line.width,
         alpha=line.opacity,
-        marker="o" if line.dots or len(known) == 1 else "",
+        marker="o" if line.dots or not line.joined or len(known) == 1 else "",
         markersize=3.2,
+        markeredgewidth=0,
         drawstyle="steps-post" if line.steps else "default",
         solid_capstyle="round",
         clip_on=False,

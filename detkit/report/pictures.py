@@ -24,6 +24,9 @@ COUNT = 6
 SIZES = ((480, 82), (420, 74), (360, 66), (300, 58), (240, 50), (180, 42), (120, 35))
 """Longer side in pixels and JPEG quality, tried in this order until the pictures fit."""
 
+SAMPLE = 8
+"""Pictures that tell how large all will be."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -128,8 +131,13 @@ def _card(row: Sequence[Picture], codes: Iterator[str]) -> str:
 
 def _fit(found: Sequence[Picture], room: int) -> list[str]:
     """The pictures as data URIs, as good as fits into ``room`` bytes."""
+    sample = found[:: max(1, len(found) // SAMPLE)]
     codes: list[str] = []
     for side, quality in SIZES:
+        if (side, quality) != SIZES[-1]:
+            sizes = [len(_encoded(picture.image, side, quality)) for picture in sample]
+            if sum(sizes) / max(1, len(sizes)) * len(found) > room:
+                continue
         codes = [_encoded(picture.image, side, quality) for picture in found]
         if sum(map(len, codes)) <= room:
             break
