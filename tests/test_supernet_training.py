@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from data_sets import box, image, write_coco
 from torch import Tensor
 
-from detkit import supernet
+from detkit import api, supernet
 from detkit.config import Config, resolve
 from detkit.engine import checkpoint
 from detkit.engine.run import create_run
@@ -180,6 +181,27 @@ def test_splits_that_do_not_fit_are_refused() -> None:
 def test_seven_and_the_text_seven_are_two_images() -> None:
     split = SearchSplit.draw([7, "7", 1, 2, 3], 1, seed=0)
     assert len(split.train) == 4 and split.indices(["7", 7, 1, 2, 3])
+
+
+@pytest.mark.parametrize("backbone", ["resnet50-tiny", "detnas-supernet-tiny"])
+def test_images_without_objects_are_left_out_of_training_alone(
+    backbone: str, tmp_path: Path
+) -> None:
+    images = [image(n) for n in range(1, 11)]
+    for split in ("train", "val"):
+        write_coco(tmp_path, images, [box(n, n) for n in range(3, 11)], split=split)
+    tables = {"model": {"backbone": backbone, "norm": "bn"}, "data": {"path": str(tmp_path)}}
+    found = []
+    for skip in (False, True):
+        config = resolve([tables, {"data": {"skip_empty": skip}, "train": {"steps": 1}}])
+        plan = api.training_plan("finetune", config)
+        evaluated = plan.get("search_images", plan.get("val_images"))
+        found.append((plan["train_images"], evaluated))
+    (kept, evaluated), (left, then) = found
+    assert evaluated == then == (10 if backbone == "resnet50-tiny" else 2)
+    held = SearchSplit.draw(range(1, 11), 2, 0).search if evaluated == 2 else ()
+    empty = {1, 2} - set(held)
+    assert kept == 10 - len(held) and left == kept - len(empty) and empty
 
 
 # -- settings
