@@ -55,7 +55,9 @@ from detkit.loading import build as build
 from detkit.loading import load as load
 from detkit.loading import pick_device as pick_device
 from detkit.models.count import count_classifier, count_detector
+from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architecture
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
+from detkit.nas.cost import cost_table
 from detkit.nas.split import SearchSplit
 from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
@@ -111,7 +113,7 @@ def resolve_config(
             _tell_other_detector(name, start[0], layers)
     if stored is None:
         return configs.resolve([*start, *layers])
-    wanted = configs.resolve([*start, *layers]).model if start else None
+    wanted = configs.merged([*start, *layers]).model if start else None
     own = _own_settings(stored, wanted)
     config = configs.resolve([*start, own, *layers])
     check_scales(own["model"].get("scales", "off"), config, str(init_from))
@@ -785,20 +787,26 @@ def _write_json(path: str | Path, value: Any) -> None:
 def model_table(
     size: tuple[int, int] | None = None, backbone: str | None = None, detector: str | None = None
 ) -> dict[str, Any]:
-    """Every backbone, detector and recipe, as ``detkit models --json`` prints them.
+    """Every backbone, supernet, detector and recipe, as ``detkit models --json`` prints them.
 
     Args:
         size: (height, width): also count whole detectors with 80 classes on one such image.
-        backbone: only this one.
+        backbone: only this one; any network of DetNAS (``detnas:small:2120...``) too.
         detector: only this one.
 
     Raises:
         ConfigError: an unknown name.
     """
-    backbones = _named("--backbone", backbone, BACKBONES)
+    if backbone is not None and backbone.startswith(PREFIX):
+        parse_architecture(backbone)
+        nets = [backbone]
+    else:
+        nets = _named("--backbone", backbone, BACKBONES | SUPERNETS)
     detectors = _named("--detector", detector, DETECTORS)
+    backbones = [name for name in nets if name not in SUPERNETS]
     return {
         "backbones": [_backbone_row(name) for name in backbones],
+        "supernets": [_supernet_row(name) for name in nets if name in SUPERNETS],
         "detectors": [row for name in detectors for row in _detector_rows(name, backbones, size)],
         "recipes": [
             {"name": name, "summary": _recipe_summary(path), "path": str(path)}
@@ -827,6 +835,20 @@ def _backbone_row(name: str) -> dict[str, Any]:
     ]
     total = cost["total"]
     return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
+
+
+def _supernet_row(name: str) -> dict[str, Any]:
+    """Parameters as a classifier of 1000 classes, and the range of what a search limits."""
+    space = SPACES[SUPERNETS[name]]
+    table = cost_table(space)
+    return {
+        "name": name,
+        "space": space.name,
+        "positions": len(space),
+        "choices": len(space.ops),
+        "params": table.supernet_params() + table.tail.params,
+        "body_macs_224": list(table.body_macs_range()),
+    }
 
 
 def _detector_rows(

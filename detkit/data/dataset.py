@@ -121,13 +121,15 @@ class DetectionDataset:
             height, width = self.size(index)
             file = self.records.files[index]
             images.append({"id": image_id, "file_name": file, "height": height, "width": width})
-            annotations += self._annotations(index, image_id)
+            annotations += self.annotations(index)
         pairs = zip(self.categories.ids, self.categories.names, strict=True)
         categories = [{"id": i, "name": n} for i, n in pairs]
         return {"images": images, "annotations": annotations, "categories": categories}
 
-    def _annotations(self, index: int, image_id: int | str) -> list[dict[str, Any]]:
+    def annotations(self, index: int) -> list[dict[str, Any]]:
+        """Objects of image ``index``, as :meth:`truth` has them."""
         r = self.records
+        image_id = r.image_ids[index]
         found = []
         for a in range(int(r.first[index]), int(r.first[index + 1])):
             annotation = {
