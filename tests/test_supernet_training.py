@@ -118,8 +118,9 @@ def test_training_moves_the_blocks_of_the_path_and_no_others(
     states.append(model.state_dict())
     places = [(p.stage, p.index) for p in space.positions()]
     sampler, seen = UniformPaths(space, config.train.seed), set()
+    paths = [sampler(step) for step in range(12)]
     for step in range(12):
-        genes = sampler(step)
+        genes = paths[step]
         active = {(*place, gene) for place, gene in zip(places, genes, strict=True)}
         seen |= active
         for key, before in states[step].items():
@@ -129,6 +130,13 @@ def test_training_moves_the_blocks_of_the_path_and_no_others(
             elif key.endswith((".weight", ".bias")) and before.ndim == 1 and place is not None:
                 assert not torch.equal(before, after), f"step {step}: {key} stayed"
     assert len(seen) == 2 * len(space)  # every block was active once, and idle at other times
+    rests = {
+        (i, genes[i])
+        for genes, then, last in zip(paths, paths[1:], paths[2:], strict=False)
+        for i in range(len(space))
+        if genes[i] not in (then[i], last[i])
+    }
+    assert len(rests) > 3  # blocks that carried momentum and were idle twice in a row
     if config.train.ema:
         average = checkpoint.load(run.last)["ema"]
         assert all(bool(torch.isfinite(v).all()) for v in average.values())
