@@ -177,6 +177,22 @@ def test_a_supernet_alone_is_not_evaluated(there: Path, capsys: pytest.CaptureFi
     assert code == 3 and "detkit search" in answer["error"]
 
 
+@pytest.mark.parametrize("detector", ["retinanet", "light-head", "maskrcnn-fpn"])
+def test_other_detectors_have_recipes_of_their_own(
+    detector: str, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step of each; without paths to evaluate there is no best checkpoint."""
+    line = ["--detector", detector, "--steps", "1", "--out", detector, "--set", "nas.eval_paths=0"]
+    capsys.readouterr()
+    assert run([*FINETUNE, *line, "--json", "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert f"recipe tiny/supernet-{detector}" in said.err
+    answer = json.loads(said.out)
+    assert answer["checkpoint"].endswith("last.pth") and not answer["metrics"]
+    assert sorted(path.name for path in Path(detector).glob("*.pth")) == ["last.pth"]
+    assert loading.load(answer["checkpoint"]).config.model.detector == detector
+
+
 def test_a_dry_run_tells_the_images_and_opens_no_validation_split(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
