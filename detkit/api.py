@@ -113,7 +113,7 @@ def resolve_config(
             _tell_other_detector(name, start[0], layers)
     if stored is None:
         return configs.resolve([*start, *layers])
-    wanted = configs.resolve([*start, *layers]).model if start else None
+    wanted = configs.merged([*start, *layers]).model if start else None
     own = _own_settings(stored, wanted)
     config = configs.resolve([*start, own, *layers])
     check_scales(own["model"].get("scales", "off"), config, str(init_from))
@@ -331,7 +331,8 @@ def train(
         if distributed.is_main():
             with run.logging():  # so that log.txt lists them too
                 _tell_problems(train_set, config.data.split)
-                _tell_problems(val_set, config.data.val_split)
+                if val_set.report is not train_set.report:
+                    _tell_problems(val_set, config.data.val_split)
             if split is not None:
                 supernet.write_split(run, split)
         share = {"rank": distributed.rank(), "world": distributed.world_size()}
@@ -381,10 +382,15 @@ def _open_both(
     A detector on a supernet is evaluated on images held out of the training split: the validation
     split is not opened before the search has its result.
     """
-    train_set = _open(command, config, config.data.split)
+    train_set, split = _open(command, config, config.data.split), None
     if command == "finetune" and is_supernet(config.model.backbone):
-        return supernet.hold_out(train_set, config, resumed, source)
-    return train_set, _open(command, config, config.data.val_split), None
+        train_set, val_set, split = supernet.hold_out(train_set, config, resumed, source)
+    else:
+        val_set = _open(command, config, config.data.val_split)
+    if command == "finetune" and config.data.skip_empty:
+        whole, train_set = train_set, train_set.with_objects()
+        log.info("%d images without an object are not trained on", len(whole) - len(train_set))
+    return train_set, val_set, split
 
 
 def _require_masks(dataset: Any, config: Config) -> None:

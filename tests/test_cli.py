@@ -347,6 +347,9 @@ def test_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
         arguments = shlex.split(line)[1:]
         if arguments[0] in ("demo", "pretrain", "finetune"):
             arguments += ["--steps", "1"]  # their length is the only thing changed
+        if arguments[0] == "search" and "--export" not in arguments:
+            short = {"population": 2, "generations": 1, "calibration_steps": 1}
+            arguments += [f"--set=search.{key}={value}" for key, value in short.items()]
         assert run(arguments) == 0, line
 
 
