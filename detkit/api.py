@@ -222,6 +222,7 @@ def training_plan(command: str, config: Config, source: str | Path | None = None
         config: the resolved settings.
         source: checkpoint to start from or to continue.
     """
+    supernet.check_settings(config)
     stored = None if source is None else foreign.load(source)
     train_set, val_set, split = _open_both(command, config, None, stored)
     with torch.device("meta"):
