@@ -517,6 +517,8 @@ class DataConfig:
     """Strength of brightness, contrast and saturation jitter when training."""
     lighting: float = 0.0
     """Deviation of AlexNet's colour noise along ImageNet's principal colours when training."""
+    skip_empty: bool = False
+    """Detectors: leave images without an object (crowds do not count) out of training."""
     min_crop: float = 1.0
     """Detectors: smallest share of each side kept by a random crop when training (1 turns it off);
     classifiers: smallest share of the area kept."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from data_sets import picture
 
-from detkit import loading
+from detkit import loading, supernet
 from detkit.cli.main import run
 from detkit.config import parse_override
 from detkit.data import eval_batches, open_detection, train_batches
@@ -129,6 +130,13 @@ def test_the_images_for_the_search_are_kept_apart_and_written_down(there: Path) 
     assert len(split.search) == 3 and len(split.train) == 13
     written = json.loads(Path("detector/search_split.json").read_text())
     assert SearchSplit.from_plain(written) == split
+    stored = checkpoints.load("detector/last.pth")
+    config = replace(loaded.config, train=replace(loaded.config.train, seed=9))
+    assert SearchSplit.draw(dataset.image_ids, 3, 9) != split
+    assert supernet.hold_out(dataset, config, source=stored)[2] == split  # started from it
+    fewer = dataset.take(range(10))
+    drawn = supernet.hold_out(fewer, config, source=stored)[2]
+    assert drawn == SearchSplit.draw(fewer.image_ids, 3, 9)
     part = dataset.take(split.indices(dataset.image_ids)[1])
     assert set(part.image_ids) == set(split.search)
     whole = {a["id"]: a for a in dataset.truth()["annotations"]}
@@ -175,6 +183,22 @@ def test_using_a_supernet_otherwise_than_it_was_trained_is_refused(
 def test_a_supernet_alone_is_not_evaluated(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, answer = call(capsys, "eval", "detector/last.pth", "--data", "shapes")
     assert code == 3 and "detkit search" in answer["error"]
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "light-head", "maskrcnn-fpn"])
+def test_other_detectors_have_recipes_of_their_own(
+    detector: str, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step of each; without paths to evaluate there is no best checkpoint."""
+    line = ["--detector", detector, "--steps", "1", "--out", detector, "--set", "nas.eval_paths=0"]
+    capsys.readouterr()
+    assert run([*FINETUNE, *line, "--json", "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert f"recipe tiny/supernet-{detector}" in said.err
+    answer = json.loads(said.out)
+    assert answer["checkpoint"].endswith("last.pth") and not answer["metrics"]
+    assert sorted(path.name for path in Path(detector).glob("*.pth")) == ["last.pth"]
+    assert loading.load(answer["checkpoint"]).config.model.detector == detector
 
 
 def test_a_dry_run_tells_the_images_and_opens_no_validation_split(

@@ -99,12 +99,15 @@ class DetectionDataset:
         return _same_size(image, self.size(index), path)
 
     def take(self, indices: Sequence[int]) -> DetectionDataset:
-        """A set of the images ``indices`` alone, in that order; its report starts empty."""
-        report = Report(images=len(indices))
+        """The images ``indices`` alone, in that order; the report is the whole set's."""
         pixels = None if self.pixels is None else [self.pixels[i] for i in indices]
-        return replace(
-            self, records=self.records.take(indices), report=report, pixels=pixels, damaged=set()
-        )
+        return replace(self, records=self.records.take(indices), pixels=pixels, damaged=set())
+
+    def with_objects(self) -> DetectionDataset:
+        """The images that hold an object which is no crowd."""
+        r = self.records
+        counted = np.concatenate([[0], np.cumsum(~r.iscrowd)])
+        return self.take(np.flatnonzero(np.diff(counted[r.first])).tolist())
 
     def truth(self) -> dict[str, list[dict[str, Any]]]:
         """The split as normalised COCO ground truth: ``images``, ``annotations``, ``categories``.
