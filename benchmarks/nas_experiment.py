@@ -87,8 +87,8 @@ GENERATIONS = 26
 # -- trainings and truth
 
 
-def settings(experiment: Experiment, out: Path) -> Path:
-    """A configuration file with the space and the image size."""
+def settings(out: Path) -> Path:
+    """A configuration file with the space."""
     lists = {k: list(v) if isinstance(v, tuple) else v for k, v in SPACE.to_plain().items()}
     lines = ["[space]", *(f"{key} = {json.dumps(value)}" for key, value in lists.items())]
     file = out / "space.toml"
@@ -121,7 +121,7 @@ def trained(out: Path, *arguments: str) -> Record:
 
 def supernet(experiment: Experiment, out: Path) -> str:
     """The checkpoint of the supernet, trained as a classifier and then as a detector."""
-    space = ("--config", str(settings(experiment, out)), "--backbone", "detnas-supernet")
+    space = ("--config", str(settings(out)), "--backbone", "detnas-supernet")
     if not (out / "data").exists():
         counts = ("--train", str(experiment.train), "--val", str(experiment.val))
         detkit("data", "synth", str(out / "data"), *counts, "--size", str(experiment.size))
@@ -155,25 +155,28 @@ def truth(experiment: Experiment, checkpoint: str, out: Path) -> dict[Genes, flo
 
 
 def alone(experiment: Experiment, chosen: Sequence[Genes], out: Path) -> list[list[float]]:
-    """APs of networks that are trained on their own, one per repeat."""
+    """APs of networks that are trained on their own, one per repeat.
+
+    By the recipes that the search writes for its winner, with other genes and shorter.
+    """
+    recipe = out / "alone.toml"
+    detkit("search", str(out / "truth"), "--export", str(recipe))
     found = []
     for genes in chosen:
         text = SPACE.text(genes)
-        space = ("--config", str(out / "space.toml"))
-        space += ("--backbone", f"detnas:{SPACE.name}:{text}")
+        net = ("--backbone", f"detnas:{SPACE.name}:{text}")
         found.append([])
         for seed in range(experiment.repeats):
             folder, chance = out / "alone" / f"{text}-{seed}", ("--seed", str(seed))
             classes = trained(
                 folder / "classes",
-                *("pretrain", "--recipe", "tiny/supernet-pretrain", *space, *chance),
+                *("pretrain", "--recipe", str(recipe), *net, *chance),
                 *("--epochs", str(experiment.alone_pretrain_epochs)),
             )
             detector = trained(
                 folder / "detector",
-                *("finetune", "--recipe", "tiny/supernet-frcnn-fpn", *space, *chance),
-                *("--data", str(out / "data"), "--init-from", classes["checkpoint"]),
-                *("--epochs", str(experiment.alone_epochs), *sized(experiment)),
+                *("finetune", "--recipe", str(recipe.with_stem("alone-finetune")), *net, *chance),
+                *("--init-from", classes["checkpoint"], "--epochs", str(experiment.alone_epochs)),
             )
             found[-1].append(float(detector["metrics"][METRIC]))
     return found
