@@ -102,7 +102,8 @@ def run(arguments: list[str]) -> int:
     except DetkitError as error:
         return _fail(str(error), error.exit_code, arguments)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader (`| head`) has what it wants
+        # The reader (`| head`) has what it wants; what is left would fail again on leaving.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
