@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.config import BoxConfig, DataConfig
+from detkit.deploy.adaptive import mean_of_samples
 from detkit.deploy.onnx_ops import LOWEST, nms_mask, roi_align
 from detkit.errors import ConfigError
 from detkit.models.detector import OneStageDetector, TwoStageDetector, image_size
@@ -204,6 +205,8 @@ def pool_level(pool: RoiPool, x: Tensor, rois: Tensor, scale: float) -> Tensor:
     if isinstance(pool, Align):
         out: Tensor = roi_align(x, rois, pool.resolution, scale, pool.sampling_ratio, pool.aligned)
         return out
+    if isinstance(pool, PsAlign) and pool.reduce == "avg" and pool.sampling_ratio <= 0:
+        return mean_of_samples(x, rois, pool.resolution, scale, pool.offset)
     if isinstance(pool, PsAlign):
         return ps_roi_align(
             x,
@@ -299,10 +302,5 @@ def _filled(boxes: Tensor, labels: Tensor, scores: Tensor) -> Found:
 
 def _check_two_stage(detector: TwoStageDetector) -> None:
     pool = detector.head.pooler.pool
-    if isinstance(pool, PsAlign) and pool.sampling_ratio <= 0:
-        raise ConfigError(
-            "box.sampling_ratio: must be positive to export PS-RoIAlign, got "
-            f"{pool.sampling_ratio}; ONNX has no operator that adapts to the RoI's size there"
-        )
     if not isinstance(pool, Align | PsAlign | PsCells):
         raise ConfigError(f"export: must pool by RoIAlign, PS-RoIAlign or whole cells, got {pool}")
