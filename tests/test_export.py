@@ -77,7 +77,8 @@ def sure(model: nn.Module) -> nn.Module:
     """``model`` with the weights of its last layers scaled so that scores are far apart."""
     x = torch.randn(1, 3, 128, 128)
     for path, layer in model.named_modules():
-        if path.endswith((".objectness", ".classes", ".classes.out")) and hasattr(layer, "weight"):
+        last = (".objectness", ".classes", ".classes.out", "predictor.masks")
+        if path.endswith(last) and hasattr(layer, "weight"):
             spread: list[Tensor] = []
             hook = layer.register_forward_hook(lambda _, __, out, to=spread: to.append(out.std()))
             model.detect(x, torch.tensor([[128, 128]]))
@@ -166,7 +167,7 @@ def test_cells_of_masks_are_those_pasted_from() -> None:
     for one, cells, got in zip(found, wanted, mask_cells(outputs), strict=True):
         assert 0 < len(one["scores"]) < 400
         assert cells.shape[1:] == (28, 28)
-        assert float(cells.std()) > 1e-4
+        assert float(cells.std()) > 0.1
         torch.testing.assert_close(got, cells, atol=1e-5, rtol=0)
     assert not outputs[4][0, int(outputs[3][0]) :].any()
 
@@ -645,8 +646,8 @@ def test_the_example_pastes_masks_as_detkit_does(nuts: Exported, example: Module
     assert found["masks"].shape == wanted.masks.shape
     np.testing.assert_array_equal(found["labels"], wanted.labels)
     pixels = wanted.masks.numpy()
-    assert 0.01 < pixels.mean() < 0.9
-    assert (found["masks"] != pixels).mean() < 1e-3 * pixels.mean()
+    assert pixels.sum() > 1000
+    assert (found["masks"] != pixels).sum() < 1e-3 * pixels.sum()
 
 
 @pytest.mark.parametrize("size", [(640, 480), (301, 97), (33, 50)])
