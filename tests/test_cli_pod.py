@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from detkit.cli.decompose import command
 from detkit.cli.main import run
 from detkit.config import ScalesConfig, resolve, to_plain
 from detkit.engine import checkpoint as checkpoints
+from detkit.engine import distributed
 from detkit.engine.train import StepInfo
 from detkit.errors import NonFiniteError, TrainingInterrupted
 from detkit.models import DETECTORS
@@ -107,6 +109,29 @@ def test_statistics_are_those_of_single_images_of_the_training_set(there: Path) 
     assert result["scales"][path]["mean"] == pytest.approx(expected.mean(0).tolist(), abs=1e-12)
     deviation = expected.std(0, correction=0).tolist()
     assert result["scales"][path]["std"] == pytest.approx(deviation, abs=1e-12)
+
+
+def test_two_processes_collect_what_one_does(there: Path) -> None:
+    """Five images, three and two: means of the processes' means would be other numbers."""
+    stored = checkpoints.load("gsl/best.pth")
+    generator = torch.Generator().manual_seed(2)
+    for name, tensor in checkpoints.deployed(stored).items():
+        if name.endswith("scale.weight"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for name in ("one.pth", "two.pth"):
+        checkpoints.save(name, stored)
+    line = ["finetune", "--set", "scales.images=5", "--device", "cpu", "--collect-scales"]
+    assert run([*line, "one.pth"]) == 0
+    assert distributed.launch(2, [sys.executable, "-m", "detkit.cli", *line, "two.pth"]) == 0
+    one, two = (checkpoints.load(name)["scales"] for name in ("one.pth", "two.pth"))
+    assert two["meta"] == one["meta"] and two["meta"]["images"] == 5
+    assert list(two["stats"]) == list(one["stats"])
+    for path, expected in one["stats"].items():
+        assert min(expected["std"]) > 0.01  # the images differ, so that how they are merged matters
+        found = two["stats"][path]
+        assert found["count"] == expected["count"] == 5
+        for key in ("mean", "std", "min", "max"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-4), (path, key)
 
 
 def test_decompose_finetune_evaluate(there: Path, capsys: pytest.CaptureFixture[str]) -> None:

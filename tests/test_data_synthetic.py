@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,17 @@ def test_scenes_vary_in_size_and_overlap() -> None:
     assert overlapping > 30
 
 
+def test_sides_are_log_uniform_and_fill_the_image() -> None:
+    """Each octave from 8 to 128 as often as the next; hardly an object is left out."""
+    scenes = [synthetic.scene("train", k, size=128, sides=(8, 128)) for k in range(150)]
+    sides = np.array([max(w, h) for s in scenes for _, _, w, h in s.boxes])
+    assert sides.min() < 10 and 120 < sides.max() <= 128  # in sight: later ones hide a part
+    shares = np.histogram(np.log2(sides), [0, 4, 5, 6, 8])[0] / len(sides)
+    assert shares == pytest.approx([0.25] * 4, abs=0.06)
+    assert 3.2 < len(sides) / len(scenes) < 3.8  # 3.5 are drawn
+    assert synthetic.scene("train", 0, sides=(9, 10)).boxes[0][3] <= 10
+
+
 def test_splits_differ() -> None:
     train, val = synthetic.scene("train", 0), synthetic.scene("val", 0)
     assert not np.array_equal(train.image, val.image)
@@ -145,9 +157,12 @@ def test_json_is_plain(written: Path) -> None:
         ({"size": 63}, "at least 64"),
         ({"images_train": -1}, "zero or more"),
         ({"seed": -1}, "zero or more"),
+        ({"size": 64, "sides": (7, 64)}, "in 8..64, got 7 and 64"),
+        ({"size": 64, "sides": (8, 65)}, "in 8..64, got 8 and 65"),
+        ({"size": 64, "sides": (20, 20)}, "two rising numbers"),
     ],
 )
-def test_bad_arguments(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
+def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         synthetic.write(tmp_path / "set", **arguments)
 

@@ -376,6 +376,12 @@ def test_raw_pixels_are_those_normalised() -> None:
     assert torch.equal(torch.from_numpy(raw), images)
     again = normalised_pixels(raw, sizes, config.data)
     torch.testing.assert_close(again, normalised, atol=1e-6, rtol=0)
+    blue_first = replace(config.data, channels="bgr")
+    flipped = DenseDetector(model, blue_first).normalised(images, sizes)
+    torch.testing.assert_close(flipped, normalised.flip(1))
+    assert torch.equal(torch.from_numpy(raw_pixels(flipped, blue_first)), images)
+    again = normalised_pixels(images.numpy(), sizes, blue_first)
+    torch.testing.assert_close(again, flipped, atol=1e-6, rtol=0)
 
 
 # --- agreement ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #include <memory>
 #include <new>
 
+#include "cpu/offset_gemm_kernel.h"
 #include "cpu/tap_conv_kernel.h"
 
 namespace detkit::cpu {
@@ -18,6 +19,9 @@ constexpr int64_t kChannelBlock = 16;
 constexpr int64_t kBackwardTasks = 8;
 // Weights of a group below which calling a library costs more than it saves.
 constexpr int64_t kSmallProduct = 512;
+// Pixels of a tile of the blocked road at most, and outputs of a part there at least.
+constexpr int64_t kTilePixels = 528;
+constexpr int64_t kFewOutputs = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -229,6 +233,156 @@ struct Road {
   }
 };
 
+// The forward road in float on processors with a kernel of our own. Pixels of a sample are cut into
+// tiles, input channels into blocks; what the taps see of a block is sampled into near caches, and
+// all outputs add their product with it. A sum runs over the same terms in the same order however
+// the work is cut, so cutting it by the number of threads does not change results.
+struct BlockedForward : Road<float> {
+  const OffsetGemm& gemm;
+  int64_t tile_pixels, tiles, parts;  // tiles of a sample, and parts of a group's outputs
+  int64_t block;                      // channels at once
+  // With whole steps between rows, tap rows see the same sampled rows, so those are kept once:
+  // `maps` per channel with `span` rows more than the tile touches, otherwise one per tap.
+  bool shared_rows, direct;
+  int64_t maps, span, map_size, lowest = 0;
+
+  BlockedForward(const ConvShape& shape, const SampleTaps& taps, const OffsetGemm& gemm)
+      : Road<float>(shape, taps), gemm(gemm) {
+    cut();
+    direct = columns_are_input();
+    int64_t highest = 0;
+    bool whole = taps.shared && shape.stride_h == 1;
+    for (const Tap<float>& tap : rows) {
+      whole = whole && tap.far_weight == 0;
+      lowest = std::min(lowest, tap.near);
+      highest = std::max(highest, tap.near);
+    }
+    const int64_t tile_rows = ceil_div(tile_pixels - 1, shape.out_width) + 1;
+    span = highest - lowest;
+    shared_rows = whole && (tile_rows + span) * shape.kernel_w <= tile_rows * kernel;
+    maps = shared_rows ? shape.kernel_w : kernel;
+    map_size = shared_rows ? (tile_rows + span) * shape.out_width : tile_pixels;
+    map_size = ceil_div(map_size, 16) * 16 | 16;  // lines of a map in all sets of a cache
+    block = std::min(std::max(gemm.depth / kernel, int64_t(1)), shape.group_in);
+  }
+
+  // Tiles for every thread, or parts of the outputs where pixels are few.
+  void cut() {
+    const int64_t threads = torch::stable::get_num_threads(), spaces = shape.batch * shape.groups;
+    tiles = ceil_div(pixels, kTilePixels);
+    if (spaces % threads != 0) {
+      const int64_t most = std::max(ceil_div(pixels, 2 * gemm.cols), tiles);
+      tiles = std::min(ceil_div(tiles, threads) * threads, most);
+    }
+    tile_pixels = ceil_div(ceil_div(pixels, tiles), gemm.cols) * gemm.cols;
+    tiles = ceil_div(pixels, tile_pixels);
+    const int64_t wanted = ceil_div(threads, spaces * tiles);
+    parts = std::min(wanted, ceil_div(shape.group_out, kFewOutputs));
+  }
+
+  // Where the operands of a block of `channels` lie: by tap row, channel, tap column, so that tap
+  // rows outside the map are left out by shortening the sum.
+  struct Tables {
+    std::vector<int64_t> a, b;
+
+    Tables(const BlockedForward& road, int64_t channels) {
+      for (int64_t i = 0; i < road.shape.kernel_h; ++i) {
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t j = 0; j < road.shape.kernel_w; ++j) {
+            a.push_back(c * road.kernel + i * road.shape.kernel_w + j);
+            b.push_back(road.direct ? c * road.in_pixels : road.offset(c, i, j));
+          }
+        }
+      }
+    }
+  };
+
+  int64_t offset(int64_t c, int64_t i, int64_t j) const {
+    if (!shared_rows) return (c * kernel + i * shape.kernel_w + j) * map_size;
+    return (c * shape.kernel_w + j) * map_size + (rows[i].near - lowest) * shape.out_width;
+  }
+
+  void run(const float* input, const float* weight, const float* bias, float* output) const {
+    const Tables whole(*this, block), rest(*this, shape.group_in % block);
+    for_tasks(shape.batch * shape.groups * tiles * parts, [&](int64_t begin, int64_t end) {
+      const Scratch<float> sampled(direct ? 0 : block * maps * map_size);
+      const Scratch<float> line(line_size);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task % parts, tile = task / parts % tiles;
+        const int64_t group = task / parts / tiles % shape.groups;
+        const int64_t n = task / parts / tiles / shape.groups;
+        const int64_t first = tile * tile_pixels, last = std::min(first + tile_pixels, pixels);
+        const int64_t o0 = shape.group_out * part / parts;
+        const int64_t o1 = shape.group_out * (part + 1) / parts;
+        const int64_t o = group * shape.group_out + o0, depth = shape.group_in * kernel;
+        OffsetProduct product{};
+        product.rows = o1 - o0;
+        product.a_row = depth;
+        product.out = output + (n * shape.outputs + shape.out_begin + o) * pixels + first;
+        product.out_row = pixels;
+        product.bias = bias == nullptr ? nullptr : bias + o;
+        for (int64_t c0 = 0; c0 < shape.group_in; c0 += block) {
+          const int64_t c1 = std::min(c0 + block, shape.group_in);
+          product.a = weight + o * depth + c0 * kernel;
+          product.b = sample_block(input, n, group, c0, c1, first, last, sampled.get(), line.get());
+          product.add = c0 > 0;
+          multiply(product, c1 - c0 == block ? whole : rest, n, first, last);
+        }
+      }
+    });
+  }
+
+  // Where the product finds what the taps of pixels [first, last) see of channels [c0, c1).
+  const float* sample_block(const float* input, int64_t n, int64_t group, int64_t c0, int64_t c1,
+                            int64_t first, int64_t last, float* to, float* line) const {
+    if (direct) return input + plane(n, group, c0) + first;
+    TapGrid<float> where = grid(n);
+    const Tap<float> top = whole_tap<float>(lowest);
+    int64_t begin = first, end = last;
+    if (shared_rows) {
+      where.kernel_h = 1;
+      where.rows = &top;
+      begin = first / shape.out_width * shape.out_width;
+      end = (ceil_div(last, shape.out_width) + span) * shape.out_width;
+    }
+    for (int64_t c = c0; c < c1; ++c, to += maps * map_size) {
+      sample_plane<float>(where, input + plane(n, group, c), begin, end, to, map_size, line);
+    }
+    return to - (c1 - c0) * maps * map_size + (first - begin);
+  }
+
+  // A block of columns at a time, over the tap rows that reach into the map from some row of it.
+  void multiply(OffsetProduct product, const Tables& tables, int64_t n, int64_t first,
+                int64_t last) const {
+    const int64_t row_terms = static_cast<int64_t>(tables.a.size()) / shape.kernel_h;
+    const float *b = product.b, *bias = product.bias;
+    float* out = product.out;
+    for (int64_t at = first; at < last; at += gemm.cols) {
+      product.cols = std::min(gemm.cols, last - at);
+      const int64_t p0 = at / shape.out_width, p1 = (at + product.cols - 1) / shape.out_width;
+      int64_t i0 = 0, i1 = shape.kernel_h;
+      while (i0 < i1 && outside(n, i0, p0, p1)) ++i0;
+      while (i0 < i1 && outside(n, i1 - 1, p0, p1)) --i1;
+      product.a_at = tables.a.data() + i0 * row_terms;
+      product.b_at = tables.b.data() + i0 * row_terms;
+      product.depth = (i1 - i0) * row_terms;
+      product.b = b + (at - first);
+      product.out = out + (at - first);
+      product.bias = bias;
+      gemm.multiply(product);
+    }
+  }
+
+  // Whether tap row i reads nothing of the map at output rows p0 to p1.
+  bool outside(int64_t n, int64_t i, int64_t p0, int64_t p1) const {
+    const Tap<float>& tap = grid(n).rows[i];
+    const auto misses = [&](int64_t offset) {
+      return p1 * shape.stride_h + offset < 0 || p0 * shape.stride_h + offset >= shape.height;
+    };
+    return misses(tap.near) && (tap.far_weight == 0 || misses(tap.far));
+  }
+};
+
 // Input channels of a group that one backward task owns, with their part of every gradient.
 struct ChannelBlocks {
   int64_t size, per_group;
@@ -383,10 +537,16 @@ const T* data(const Tensor& tensor) {
 template <typename T>
 void forward_in(const ConvShape& shape, const SampleTaps& taps, const Tensor& input,
                 const Tensor& weight, const std::optional<Tensor>& bias, const RoadMap& output) {
+  const T *x = data<T>(input), *w = data<T>(weight), *b = bias ? data<T>(*bias) : nullptr;
   T* to = static_cast<T*>(output.work.data_ptr());
-  Road<T>(shape, taps)
-      .forward(data<T>(input), data<T>(weight), bias ? data<T>(*bias) : nullptr, to,
-               output.channels_last);
+  const Road<T> road(shape, taps);
+  if constexpr (std::is_same_v<T, float>) {
+    const OffsetGemm& gemm = *offset_gemms();
+    if (gemm.cols > 0 && !output.channels_last && !road.small()) {
+      return BlockedForward(shape, taps, gemm).run(x, w, b, to);
+    }
+  }
+  road.forward(x, w, b, to, output.channels_last);
 }
 
 template <typename T>

@@ -9,6 +9,7 @@
 #include "common/bfloat16.h"
 #include "common/scaled_taps.h"
 #include "common/tap_elements.h"
+#include "cpu/offset_gemm_kernel.h"
 #include "cpu/tap_conv_kernel.h"
 #include "tests/check.h"
 
@@ -327,6 +328,41 @@ TEST(small_products_equal_loops) {
       double sum = 1;
       for (int64_t k = 0; k < long_k; ++k) sum += x[m * long_k + k] * y[n * long_k + k];
       CHECK_NEAR(dots[m * 3 + n], sum, 1e-10);
+    }
+  }
+}
+
+// Every number of rows and columns that a kernel treats apart, whole products and sums that go on;
+// operands end with their memory, so that a sanitizer sees reads beyond.
+TEST(offset_products_equal_loops) {
+  for (const detkit::cpu::OffsetGemm* gemm = detkit::cpu::offset_gemms(); gemm->cols > 0; ++gemm) {
+    for (int64_t M = 1; M <= 19; ++M) {
+      for (const int64_t N : {int64_t(1), int64_t(8), int64_t(15), int64_t(16), int64_t(23),
+                              int64_t(37), gemm->cols, gemm->cols + 5}) {
+        for (const int64_t K : {0, 1, 6}) {
+          const auto a_values = random_values(M * 7, 1), b_values = random_values(20 + N, 2),
+                     bias_values = random_values(M, 3), old_values = random_values(M * (N + 3), 4);
+          const std::vector<float> a(a_values.begin(), a_values.end()),
+              b(b_values.begin(), b_values.end()), bias(bias_values.begin(), bias_values.end()),
+              old(old_values.begin(), old_values.end());
+          const std::vector<int64_t> a_at = {6, 0, 3, 1, 5, 2}, b_at = {0, 20, 7, 7, 19, 1};
+          for (const int start : {0, 1, 2}) {  // nothing, the bias, or what is there
+            std::vector<float> out = old;
+            gemm->multiply({M, N, K, a.data(), 7, a_at.data(), b.data(), b_at.data(), out.data(),
+                            N + 3, start == 1 ? bias.data() : nullptr, start == 2});
+            for (int64_t m = 0; m < M; ++m) {
+              for (int64_t n = 0; n < N + 3; ++n) {
+                const float before = old[m * (N + 3) + n];
+                double sum = start == 0 ? 0 : start == 1 ? bias[m] : before;
+                for (int64_t k = 0; k < K && n < N; ++k) {
+                  sum += double(a[m * 7 + a_at[k]]) * b[b_at[k] + n];
+                }
+                CHECK_NEAR(out[m * (N + 3) + n], n < N ? sum : before, 1e-5);
+              }
+            }
+          }
+        }
+      }
     }
   }
 }

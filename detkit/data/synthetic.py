@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ CROP_SIZE = 64
 """Side of an image of the classification set."""
 
 _SPLITS = {"train": 0, "val": 1}
+_SMALLEST = 8
 # Longer side (from, below) and the summed percentage of objects: few so small that it is guesswork.
-_SIZES = ((8, 20, 6), (20, 48, 34), (48, 100, 82), (100, 201, 100))
+_SIZES = ((_SMALLEST, 20, 6), (20, 48, 34), (48, 100, 82), (100, 201, 100))
 _MAX_OBJECTS = 6
 # No object hides more than this share (percent) of another's pixels: each place that would is
 # given up for another one, and after so many tries the new object is left out.
@@ -80,16 +82,26 @@ class _Dice:
         return raw.view(np.uint8)[:count].reshape(shape)
 
 
-def scene(split: str, index: int, *, size: int = SIZE, seed: int = 0) -> Scene:
-    """Image ``index`` of a split of the detection set."""
+def scene(
+    split: str,
+    index: int,
+    *,
+    size: int = SIZE,
+    sides: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Scene:
+    """Image ``index`` of a split of the detection set; see :func:`write`."""
     dice = _Dice(seed, 1, _SPLITS[split], index)
     image = _background(dice, size, size)
     labels: list[int] = []
     outlines: list[NDArray[np.bool_]] = []
     visible: list[NDArray[np.bool_]] = []
-    for _ in range(dice.between(1, _MAX_OBJECTS + 1)):
+    objects = dice.between(1, _MAX_OBJECTS + 1)
+    drawn = [] if sides is None else _log_uniform_sides(dice, objects, *sides)
+    for number in range(objects):
         label = dice.between(1, len(CLASSES) + 1)
-        shape = _outline(dice, label - 1, min(_longer_side(dice), size * 4 // 5))
+        longer = drawn[number] if drawn else min(_longer_side(dice), size * 4 // 5)
+        shape = _outline(dice, label - 1, longer)
         outline = _placed(dice, shape, size, outlines, visible)
         if outline is None:
             continue
@@ -132,6 +144,17 @@ def _longer_side(dice: _Dice) -> int:
     share = dice.below(100)
     low, high = next((low, high) for low, high, below in _SIZES if share < below)
     return dice.between(low, high)
+
+
+def _log_uniform_sides(dice: _Dice, count: int, low: int, high: int) -> list[int]:
+    """Longer sides from ``low`` to ``high``, each octave as often as the next, largest first.
+
+    Small objects drawn later hide little of large ones, so none has to be left out. Decimal powers
+    are rounded alike everywhere, those of floats are not.
+    """
+    ratio = Decimal(high + 1) / low
+    shares = (Decimal(dice.below(1 << 16)) / (1 << 16) for _ in range(count))
+    return sorted((int(low * ratio**share) for share in shares), reverse=True)
 
 
 def _at_random_place(dice: _Dice, shape: NDArray[np.bool_], size: int) -> NDArray[np.bool_]:
@@ -256,14 +279,19 @@ def _blotches(dice: _Dice, height: int, width: int, cells: int = 5) -> Pixels:
 
 
 def content(
-    split: str, count: int, *, size: int = SIZE, seed: int = 0
+    split: str,
+    count: int,
+    *,
+    size: int = SIZE,
+    sides: tuple[int, int] | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], Iterator[Scene]]:
     """A COCO json with the categories only, and the scenes for :func:`add_to` to fill it with."""
     if split not in _SPLITS:
         raise ConfigError(f"synthetic: split must be one of {', '.join(_SPLITS)}, got {split!r}")
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, 1)]
     empty: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
-    return empty, (scene(split, i, size=size, seed=seed) for i in range(count))
+    return empty, (scene(split, i, size=size, sides=sides, seed=seed) for i in range(count))
 
 
 def add_to(coco: dict[str, Any], drawn: Scene) -> str:
@@ -298,6 +326,7 @@ def write(
     images_train: int = 400,
     images_val: int = 100,
     size: int = SIZE,
+    sides: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> None:
     """Write the detection set as COCO json with masks (RLE) and PNG files, always the same bytes.
@@ -307,14 +336,22 @@ def write(
         images_train: Images of the train split.
         images_val: Images of the val split.
         size: Side of the square images in pixels, 64 or more.
+        sides: Smallest and largest longer side of an object in pixels, drawn log-uniformly: a set
+            as rich in tiny objects as in those that fill the image. None for the usual mix.
         seed: Another seed gives another set.
 
     Raises:
-        ConfigError: the size is too small, a count or the seed negative, or the folder not empty.
+        ConfigError: the size is too small, the sides do not fit it, a count or the seed negative,
+            or the folder not empty.
     """
     folder = Path(folder)
     if size < 64:
         raise ConfigError(f"synthetic: size must be at least 64 pixels, got {size}")
+    if sides is not None and not _SMALLEST <= sides[0] < sides[1] <= size:
+        raise ConfigError(
+            f"synthetic: sides must be two rising numbers in {_SMALLEST}..{size}, got "
+            f"{sides[0]} and {sides[1]}"
+        )
     if min(images_train, images_val, seed) < 0:
         got = f"{images_train}, {images_val} and {seed}"
         raise ConfigError(f"synthetic: image counts and seed must be zero or more, got {got}")
@@ -324,7 +361,7 @@ def write(
     for split, count in (("train", images_train), ("val", images_val)):
         images = folder / "images" / split
         images.mkdir(parents=True)
-        coco, scenes = content(split, count, size=size, seed=seed)
+        coco, scenes = content(split, count, size=size, sides=sides, seed=seed)
         for drawn in scenes:
             (images / add_to(coco, drawn)).write_bytes(png(drawn.image))
         text = json.dumps(coco, separators=(",", ":"))
