@@ -516,6 +516,7 @@ def export_run(folder: Path, data: Path, split: str, name: str) -> Exported:
     config = replace(config, data=replace(config.data, path=str(data), workers=0))
     run = folder / "runs/finetune/one"
     run.mkdir(parents=True)
+    (run / "config.toml").touch()  # makes it a run
     payload = {
         "format": checkpoints.FORMAT,
         "kind": "fd" if name == "frcnn-fpn" else "detector",
