@@ -1,4 +1,4 @@
-"""Does POD do what its paper says? Five ways to spend one or two schedules, over several seeds.
+"""Does POD do what its paper says? Six ways to spend one or two schedules, over several seeds.
 
 A small Faster R-CNN FPN on shapes from tiny to filling the image, all from one backbone:
 
@@ -7,6 +7,7 @@ A small Faster R-CNN FPN on shapes from tiny to filling the image, all from one 
     gsl-1x    with learnt scales
     fd-1x     decomposed as gsl-1x learnt, the weights those of the backbone, one schedule
     fd-wt     decomposed likewise, gsl-1x's own weights, a second schedule: compare with base-2x
+    base-1+1  base-1x's own weights, a second schedule: base-2x's epochs in fd-wt's two schedules
 
     python benchmarks/pod_experiment.py [--seeds 3] [--epochs 2] [--out DIR] [--json FILE]
 
@@ -37,12 +38,13 @@ from detkit.errors import ConfigError
 Record = dict[str, Any]
 
 METRICS = ("AP", "AP50", "APs", "APm", "APl")
-ARMS = {"base-1x": 1, "base-2x": 2, "gsl-1x": 1, "fd-1x": 1, "fd-wt": 1}
+ARMS = {"base-1x": 1, "base-2x": 2, "gsl-1x": 1, "fd-1x": 1, "fd-wt": 1, "base-1+1": 1}
 """Arms in the order they are trained, and their schedules' lengths."""
 PAIRS = (
     ("gsl-1x", "base-1x"),
     ("fd-1x", "base-1x"),
     ("fd-wt", "base-2x"),
+    ("fd-wt", "base-1+1"),
     ("fd-wt", "fd-1x"),
     ("base-2x", "base-1x"),
 )
@@ -216,6 +218,8 @@ def _train(
     source, layers = backbone, [DETECTOR, own]
     if arm == "gsl-1x":
         layers.append({"model": {"scales": "learn"}})
+    elif arm == "base-1+1":
+        source = out / f"base-1x-{seed}" / "best.pth"
     elif arm.startswith("fd"):
         source = out / f"{arm}-{seed}.pth"
         weights = "transfer" if arm == "fd-wt" else str(backbone)

@@ -20,12 +20,14 @@ def command(common: Common, size: str | None) -> None:
     Backbones are counted as classifiers of 1000 classes at 224x224; --size adds whole detectors
     (80 classes) on every
     backbone, or on --backbone alone. One multiply-add is one MAC; convolutions and linear layers
-    count.
+    count. Supernets have a range: stem and blocks of their lightest and heaviest network, without a
+    classifier's last layers, as `detkit search` limits them.
 
     \b
     Examples:
       detkit models
       detkit models --size 800x1344 --backbone detnet59
+      detkit models --backbone detnas:small:2120-2112-33130031-3132
       detkit models --json
     """
     from detkit import api
@@ -44,6 +46,12 @@ def _show(table: dict[str, Any], size: str | None) -> None:
     ]
     columns = ["name", "params", "MACs at 224", "stages (channels/stride)"]
     print_table(rows_table("backbones", columns, rows))
+    rows = [
+        [s["name"], f"{s['choices']}^{s['positions']}", s["params"], *s["body_macs_224"]]
+        for s in table["supernets"]
+    ]
+    columns = ["name", "networks", "params", "least body MACs", "most"]
+    print_table(rows_table("supernets", columns, rows))
     if size:
         rows = [[d["name"], d["backbone"], d["params"], d["macs"]] for d in table["detectors"]]
         print_table(

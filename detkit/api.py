@@ -55,9 +55,10 @@ from detkit.loading import build as build
 from detkit.loading import load as load
 from detkit.loading import pick_device as pick_device
 from detkit.models.count import count_classifier, count_detector
+from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architecture
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
+from detkit.nas.cost import cost_table
 from detkit.nas.split import SearchSplit
-from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
@@ -111,7 +112,7 @@ def resolve_config(
             _tell_other_detector(name, start[0], layers)
     if stored is None:
         return configs.resolve([*start, *layers])
-    wanted = configs.resolve([*start, *layers]).model if start else None
+    wanted = configs.merged([*start, *layers]).model if start else None
     own = _own_settings(stored, wanted)
     config = configs.resolve([*start, own, *layers])
     check_scales(own["model"].get("scales", "off"), config, str(init_from))
@@ -221,6 +222,7 @@ def training_plan(command: str, config: Config, source: str | Path | None = None
         config: the resolved settings.
         source: checkpoint to start from or to continue.
     """
+    supernet.check_settings(config)
     stored = None if source is None else foreign.load(source)
     train_set, val_set, split = _open_both(command, config, None, stored)
     with torch.device("meta"):
@@ -329,7 +331,8 @@ def train(
         if distributed.is_main():
             with run.logging():  # so that log.txt lists them too
                 _tell_problems(train_set, config.data.split)
-                _tell_problems(val_set, config.data.val_split)
+                if val_set.report is not train_set.report:
+                    _tell_problems(val_set, config.data.val_split)
             if split is not None:
                 supernet.write_split(run, split)
         share = {"rank": distributed.rank(), "world": distributed.world_size()}
@@ -379,10 +382,15 @@ def _open_both(
     A detector on a supernet is evaluated on images held out of the training split: the validation
     split is not opened before the search has its result.
     """
-    train_set = _open(command, config, config.data.split)
+    train_set, split = _open(command, config, config.data.split), None
     if command == "finetune" and is_supernet(config.model.backbone):
-        return supernet.hold_out(train_set, config, resumed, source)
-    return train_set, _open(command, config, config.data.val_split), None
+        train_set, val_set, split = supernet.hold_out(train_set, config, resumed, source)
+    else:
+        val_set = _open(command, config, config.data.val_split)
+    if command == "finetune" and config.data.skip_empty:
+        whole, train_set = train_set, train_set.with_objects()
+        log.info("%d images without an object are not trained on", len(whole) - len(train_set))
+    return train_set, val_set, split
 
 
 def _require_masks(dataset: Any, config: Config) -> None:
@@ -779,26 +787,32 @@ def _write_json(path: str | Path, value: Any) -> None:
         raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
 
 
-# -- models and demo
+# -- models
 
 
 def model_table(
     size: tuple[int, int] | None = None, backbone: str | None = None, detector: str | None = None
 ) -> dict[str, Any]:
-    """Every backbone, detector and recipe, as ``detkit models --json`` prints them.
+    """Every backbone, supernet, detector and recipe, as ``detkit models --json`` prints them.
 
     Args:
         size: (height, width): also count whole detectors with 80 classes on one such image.
-        backbone: only this one.
+        backbone: only this one; any network of DetNAS (``detnas:small:2120...``) too.
         detector: only this one.
 
     Raises:
         ConfigError: an unknown name.
     """
-    backbones = _named("--backbone", backbone, BACKBONES)
+    if backbone is not None and backbone.startswith(PREFIX):
+        parse_architecture(backbone)
+        nets = [backbone]
+    else:
+        nets = _named("--backbone", backbone, BACKBONES | SUPERNETS)
     detectors = _named("--detector", detector, DETECTORS)
+    backbones = [name for name in nets if name not in SUPERNETS]
     return {
         "backbones": [_backbone_row(name) for name in backbones],
+        "supernets": [_supernet_row(name) for name in nets if name in SUPERNETS],
         "detectors": [row for name in detectors for row in _detector_rows(name, backbones, size)],
         "recipes": [
             {"name": name, "summary": _recipe_summary(path), "path": str(path)}
@@ -829,6 +843,20 @@ def _backbone_row(name: str) -> dict[str, Any]:
     return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
 
 
+def _supernet_row(name: str) -> dict[str, Any]:
+    """Parameters as a classifier of 1000 classes, and the range of what a search limits."""
+    space = SPACES[SUPERNETS[name]]
+    table = cost_table(space)
+    return {
+        "name": name,
+        "space": space.name,
+        "positions": len(space),
+        "choices": len(space.ops),
+        "params": table.supernet_params() + table.tail.params,
+        "body_macs_224": list(table.body_macs_range()),
+    }
+
+
 def _detector_rows(
     name: str, backbones: Iterable[str], size: tuple[int, int] | None
 ) -> list[dict[str, Any]]:
@@ -853,68 +881,3 @@ def _detector_rows(
 def _recipe_summary(path: Path) -> str:
     """First comment line of a recipe."""
     return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-
-
-def demo(
-    layers: Iterable[Mapping[str, Any]] = (),
-    *,
-    out: str | Path | None = None,
-    device: str = "auto",
-    on_step: Callable[[StepInfo], None] | None = None,
-) -> dict[str, Any]:
-    """All of the road on synthetic shapes: pre-train, fine-tune with learnt scales, decompose,
-    fine-tune the plain net, evaluate, draw predictions beside the truth.
-
-    Args:
-        layers: settings on top of the demo's recipes.
-        out: folder for the runs and the picture; by default a new one under ``runs/demo``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
-        on_step: called after each training step.
-
-    Returns:
-        ``{"pretrain", "finetune", "fast"}`` as :func:`train` gives them, ``"decompose"`` as
-        :func:`detkit.pod.decompose` does, ``"eval"`` as :func:`evaluate` does, ``"picture"`` and
-        ``"seconds"``.
-    """
-    begun = time.monotonic()
-    layers = list(layers)
-    folder = Path(out) if out else Path("runs/demo") / time.strftime("%Y%m%d-%H%M%S")
-    result: dict[str, Any] = {}
-    first: str | None = None
-    for part in ("pretrain", "finetune", "fast"):
-        command = "pretrain" if part == "pretrain" else "finetune"
-        if part == "fast":
-            result["decompose"] = pod.decompose(str(first), folder / "fd.pth")
-            first = result["decompose"]["output"]
-        config = resolve_config(command, layers, recipe=f"demo/{part}", init_from=first)
-        result[part] = train(
-            command, config, out=folder / part, device=device, init_from=first, on_step=on_step
-        )
-        first = result[part]["checkpoint"]
-    checkpoint = result["fast"]["checkpoint"]
-    detections = folder / "detections.json"
-    result["eval"] = evaluate(checkpoint, device=device, save_detections=detections)
-    result["picture"] = str(_draw(checkpoint, detections, folder / "predictions.png"))
-    return result | {"seconds": time.monotonic() - begun}
-
-
-def _draw(checkpoint: str, detections: Path, target: Path, images: int = 4) -> Path:
-    """Truth and predictions of a few validation images, the ones with the most objects."""
-    stored = checkpoints.load(checkpoint)
-    config = configs.from_plain(stored["config"])
-    dataset = open_detection(config.data.path, config.data.val_split, config.data)
-    truth = dataset.truth()
-    rows = json.loads(detections.read_text(encoding="utf-8"))
-    names = {c["id"]: c["name"] for c in truth["categories"]}
-    objects: dict[Any, list[dict[str, Any]]] = {i: [] for i in dataset.image_ids}
-    for annotation in truth["annotations"]:
-        annotation.pop("segmentation", None)  # boxes beside boxes: masks would tint one side only
-        objects[annotation["image_id"]].append(annotation)
-    chosen = sorted(range(len(dataset)), key=lambda i: -len(objects[dataset.image_ids[i]]))[:images]
-    pictures = []
-    for index in chosen:
-        image_id = dataset.image_ids[index]
-        found = [row for row in rows if row["image_id"] == image_id]
-        pictures.append(draw_predictions(dataset.image(index), found, objects[image_id], names))
-    grid(pictures).save(target)
-    return target

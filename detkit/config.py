@@ -517,6 +517,8 @@ class DataConfig:
     """Strength of brightness, contrast and saturation jitter when training."""
     lighting: float = 0.0
     """Deviation of AlexNet's colour noise along ImageNet's principal colours when training."""
+    skip_empty: bool = False
+    """Detectors: leave images without an object (crowds do not count) out of training."""
     min_crop: float = 1.0
     """Detectors: smallest share of each side kept by a random crop when training (1 turns it off);
     classifiers: smallest share of the area kept."""
@@ -892,13 +894,24 @@ def resolve(
         ConfigError: an unknown key, an unusable value, or one that the detector would ignore.
     """
     layers = list(layers)
-    start = base or from_plain(DETECTOR_DEFAULTS.get(named_detector(layers), {}))
-    config = start
-    for layer in layers:
-        config = from_plain(layer, config)
+    start = _start(layers, base)
+    config = merged(layers, base)
     _refuse_unused(to_plain(start), to_plain(config))
     _refuse_unused_nas(config)
     return config
+
+
+def merged(layers: Iterable[Mapping[str, Mapping[str, Any]]], base: Config | None = None) -> Config:
+    """As :func:`resolve`, without refusing what the model would ignore: layers are to follow."""
+    layers = list(layers)
+    config = _start(layers, base)
+    for layer in layers:
+        config = from_plain(layer, config)
+    return config
+
+
+def _start(layers: Iterable[Mapping[str, Mapping[str, Any]]], base: Config | None) -> Config:
+    return base or from_plain(DETECTOR_DEFAULTS.get(named_detector(layers), {}))
 
 
 def _refuse_unused_nas(config: Config) -> None:

@@ -425,6 +425,7 @@ def _folder(opened: Opened, out: str | Path | None, resume: str | None) -> Searc
         previous = _previous(opened.config, out, resume)
         if previous is not None:
             _check_same(previous, opened)
+            configs.write_toml(opened.config, previous.run.config_path)
             log.info("continuing %s", previous.run.path)
         else:
             previous = _new_folder(opened, out)

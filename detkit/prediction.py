@@ -118,11 +118,12 @@ class Prediction:
         names = dict(zip(self.categories.ids, self.categories.names, strict=True))
         picture = draw_boxes(self.image(), self.results, names)
         if path is not None:
-            _save(picture, Path(path))
+            save_picture(picture, Path(path))
         return picture
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write an image; raises StorageError, or ConfigError where the ending is of no format."""
     try:
         with _storage(path):
             picture.save(path)

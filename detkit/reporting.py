@@ -22,11 +22,14 @@ from detkit import config as configs
 from detkit.api import detect_images
 from detkit.config import Config, to_plain
 from detkit.data import DetectionDataset, open_detection
+from detkit.detnas import SearchFolder
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.run import RunFolder, runs
 from detkit.errors import ConfigError, DataError, StorageError
-from detkit.loading import build, fixed_layers, pick_device, restore
+from detkit.loading import build, fixed_layers, net_of, pick_device, restore
+from detkit.models.search_space import SearchSpace
+from detkit.nas.candidates import Journal
 from detkit.report.analysis import require_matplotlib
 from detkit.report.document import document
 from detkit.report.evaluation import Evaluation, evaluation
@@ -158,6 +161,9 @@ class _Place:
     def read(self, name: str, run: RunFolder, file: Path | None) -> Run:
         """All that is known of a run; its detector is run if need be."""
         config, lines = run.config(), run.read_metrics()
+        candidates = Journal(run.path / "candidates.jsonl").look()
+        if candidates or SearchFolder(run.path).is_search:
+            return _search(name, run, config, candidates)
         stored = None if file is None else foreign.load(file)
         notes = _state(run, lines, stored)
         found: Evaluation | None = None
@@ -219,6 +225,34 @@ class _Place:
         except StorageError as error:
             log.warning("detections are not kept: %s", error)
         return rows, set(damaged)
+
+
+def _search(name: str, run: RunFolder, config: Config, candidates: list[Record]) -> Run:
+    """What is known of a search; its ``search.json`` comes with the first generation."""
+    folder, notes = SearchFolder(run.path), []
+    result = folder.read() if folder.is_search else None
+    total = config.search.population * config.search.generations
+    if result is None or not result["finished"]:
+        notes.append(f"The search stands at {len(candidates)} of {total} networks.")
+    known = {} if result is None else result["supernet"]
+    facts: Record = {
+        "kind": "search",
+        "supernet": known.get("file"),
+        "data": config.data.path,
+        "networks": len(candidates),
+    }
+    ordered = sorted(candidates, key=lambda line: int(line["index"]))
+    return Run(
+        name=name,
+        folder=run.path,
+        config=config,
+        log=_text(run.log),
+        facts=facts,
+        candidates=ordered,
+        result=result,
+        space=None if result is None else SearchSpace.from_plain(result["space"]),
+        notes=notes,
+    )
 
 
 def _evenly(total: int, most: int | None) -> list[int]:
@@ -285,6 +319,8 @@ def _state(run: RunFolder, lines: Sequence[Record], stored: Checkpoint | None) -
         notes.append("There is no checkpoint yet, so nothing is detected.")
     elif trained and not any(line["kind"] == "eval" for line in lines):
         notes.append("No evaluation is logged yet.")
+    if stored is not None and stored["kind"] == "supernet":
+        notes.append("A supernet detects along one path only; `detkit search` tries its paths.")
     return notes
 
 
@@ -306,7 +342,7 @@ def _facts(
     trained = [line for line in lines if line["kind"] == "train"]
     if trained:
         facts["steps"] = trained[-1]["step"]
-        facts["minutes"] = round(trained[-1]["elapsed_seconds"] / 60, 1)
+        facts["minutes"] = f"{trained[-1]['elapsed_seconds'] / 60:.1f}"
     if stored is not None:
         facts["classes"] = len(stored["categories"]["names"])
         facts["parameters"] = _parameters(stored)
@@ -320,5 +356,5 @@ def _facts(
 def _parameters(stored: Checkpoint) -> int:
     config, classes = checkpoints.config_of(stored), len(stored["categories"]["names"])
     with torch.device("meta"):
-        model = build(config, classes, stored["kind"], fixed_layers(stored))
+        model = build(config, classes, net_of(stored), fixed_layers(stored))
     return sum(p.numel() for p in model.parameters())

@@ -29,7 +29,14 @@ from detkit.models.backbones.shuffle_supernet import find_supernet
 from detkit.models.search_space import Genes, SearchSpace
 from detkit.models.zoo import supernet_space
 from detkit.nas.calibrate import calibrate, statistics
-from detkit.nas.paths import EVAL_PATHS, generator, path_sampler, random_genes
+from detkit.nas.paths import (
+    EVAL_PATHS,
+    PathSampler,
+    Sampling,
+    generator,
+    path_sampler,
+    random_genes,
+)
 from detkit.nas.split import SearchSplit
 from detkit.types import Batch, CategoryMap, ClassificationBatch
 
@@ -55,7 +62,7 @@ def check_settings(config: Config) -> None:
     space = supernet_space(config)
     if space is None:
         return
-    path_sampler(_sampling(config), space, config.train.seed)
+    _sampler(space, config)
     if not config.nas.eval_paths:
         for key in ("every", "patience"):
             if getattr(config.eval, key):
@@ -80,8 +87,8 @@ def entries(command: str, config: Config, split: SearchSplit | None) -> dict[str
     return found if split is None else found | {"search_split": split.to_plain()}
 
 
-def _sampling(config: Config) -> Any:
-    return config.nas.sampling
+def _sampler(space: SearchSpace, config: Config) -> PathSampler:
+    return path_sampler(cast(Sampling, config.nas.sampling), space, config.train.seed)
 
 
 # -- paths
@@ -93,7 +100,7 @@ def follow_paths(model: nn.Module, config: Config) -> Callable[[int], None] | No
     if space is None:
         return None
     supernet = find_supernet(model)
-    sampler = path_sampler(_sampling(config), space, config.train.seed)
+    sampler = _sampler(space, config)
     return lambda step: supernet.set_path(sampler(step))
 
 
@@ -118,8 +125,8 @@ def hold_out(
         dataset: The whole training split.
         config: The resolved settings.
         resumed: Checkpoint of the run to go on with, whose split stays.
-        source: Checkpoint to start from. If it was trained on images of this set, its split stays
-            too, so that no image for the search was ever trained on.
+        source: Checkpoint to start from. If its split is of these images, it stays too, so that no
+            image for the search was ever trained on.
 
     Returns:
         Images to train on, images for the search, and which they are.
@@ -132,7 +139,11 @@ def hold_out(
     split = None if resumed is None else search_split_of(resumed)
     if split is None and source is not None:
         split = search_split_of(source)
-        if split is not None and not split.meets(ids):
+        if split is not None and not split.covers(ids):
+            log.warning(
+                "the supernet to start from was trained on another set of images; images for the "
+                "search are drawn anew, and it may have seen some if the sets overlap"
+            )
             split = None
     if split is None:
         split = SearchSplit.draw(ids, config.nas.search_images, config.train.seed)

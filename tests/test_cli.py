@@ -300,7 +300,7 @@ def test_exploding_training_is_exit_6_and_names_the_images(
     assert ".png" in answer["error"]
 
 
-def test_demo_ends_with_scores_and_a_picture(
+def test_demo_ends_with_scores_a_picture_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -310,6 +310,9 @@ def test_demo_ends_with_scores_and_a_picture(
     assert result["fast"]["metrics"]["AP"] == pytest.approx(result["eval"]["bbox"]["AP"])
     assert len(result["decompose"]["layers"]) == 12
     assert Path(result["picture"]).stat().st_size > 10_000
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    for section in ("training", "accuracy", "errors", "scales", "pictures"):
+        assert f'<section id="{section}"' in page
 
 
 def test_models_lists_the_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,6 +325,23 @@ def test_models_lists_the_published_numbers(capsys: pytest.CaptureFixture[str]) 
     assert {r["name"] for r in table["recipes"]} >= {"tiny/frcnn-fpn", "detnet/detnet59-fpn"}
 
 
+def test_models_counts_any_network_of_detnas_and_ranges_of_supernets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    genes = "2120-2112-33130031-3132"
+    code, table = call(capsys, "models", "--backbone", f"detnas:small:{genes}:shuffle1")
+    assert code == 0 and not table["supernets"]
+    (row,) = table["backbones"]
+    assert (row["params"], row["macs_224"]) == (3_533_112, 321_219_008)
+    code, table = call(capsys, "models", "--size", "64x64", "--backbone", "detnas-supernet20")
+    assert code == 0 and not table["backbones"] and not table["detectors"]
+    (row,) = table["supernets"]
+    assert (row["positions"], row["choices"], row["params"]) == (20, 4, 8_491_688)
+    assert row["body_macs_224"] == [237_222_720, 365_472_576]
+    code, wrong = call(capsys, "models", "--backbone", "detnas:small:2120")
+    assert code == 2 and "must be 20 numbers" in wrong["error"]
+
+
 def test_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^(detkit .*?)\s*(?:#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
@@ -330,6 +350,11 @@ def test_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
         arguments = shlex.split(line)[1:]
         if arguments[0] in ("demo", "pretrain", "finetune"):
             arguments += ["--steps", "1"]  # their length is the only thing changed
+        if "supernet" in line:
+            arguments += ["--set", "nas.eval_calibration=1", "--set", "nas.eval_paths=1"]
+        if arguments[0] == "search" and "--export" not in arguments:
+            short = {"population": 2, "generations": 1, "calibration_steps": 1}
+            arguments += [f"--set=search.{key}={value}" for key, value in short.items()]
         assert run(arguments) == 0, line
 
 

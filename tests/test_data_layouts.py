@@ -408,3 +408,25 @@ def test_an_overlong_file_name_and_endless_json_are_problems(tmp_path: Path) -> 
     Image.new("RGB", (8, 8)).save(tmp_path / "images/train/b.png")
     dataset = open_detection(str(tmp_path), "train", DataConfig())
     assert (len(dataset), dict(dataset.report.counts)) == (1, {"image-path": 1})
+
+
+def test_part_of_a_set(tmp_path: Path) -> None:
+    """Images by index, each with its own annotations; what was found while reading stays known."""
+    images = [image(n) for n in (7, 8, 9, 10)]
+    annotations = [box(1, 8), box(2, 8), box(3, 10), box(4, 9, iscrowd=1), box(5, 99)]
+    folder = write_coco(tmp_path, images, annotations)
+    whole = open_detection(str(folder), "train", DataConfig())
+    part = whole.take([3, 1])
+    assert part.image_ids == [10, 8] and len(part) == 2
+    assert [a["id"] for a in part.truth()["annotations"]] == [3, 1, 2]
+    assert [a["image_id"] for a in part.truth()["annotations"]] == [10, 8, 8]
+    assert part.path(0) == whole.path(3) and part.image(1).size == (60, 40)
+    assert part.report is whole.report and whole.report.counts
+    assert not whole.take([]).image_ids
+    filled = whole.with_objects()
+    assert filled.image_ids == [8, 10]  # 7 has nothing and 9 but a crowd
+    part.damaged.add(0)
+    assert not whole.damaged
+    synthetic = open_detection("synthetic", "val", DataConfig())
+    one = synthetic.take([5])
+    assert one.image(0).tobytes() == synthetic.image(5).tobytes()

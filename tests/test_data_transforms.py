@@ -214,3 +214,20 @@ def test_normalising() -> None:
     expected = (pixels - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
     torch.testing.assert_close(out[:, :4, :6], expected.float(), atol=1e-5, rtol=1e-5)
     assert not out[:, 4:].any() and not out[:, :, 6:].any()
+
+
+def test_blue_comes_first_where_it_shall() -> None:
+    """Mean and deviation stay those of R, G and B; deviations of 1/255 leave 0..255 untouched."""
+    image = picture(4, 6)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
+    for into in (
+        transforms.normalise_into,
+        lambda out, *args: transforms.normalise_then_resize_into(out, args[0], (4, 6), *args[1:]),
+    ):
+        rgb, bgr, raw = (torch.zeros(3, 4, 6) for _ in range(3))
+        into(rgb, image, mean, std)
+        into(bgr, image, mean, std, "bgr")
+        assert torch.equal(bgr, rgb.flip(0)) and not torch.equal(bgr, rgb)
+        into(raw, image, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), "bgr")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).flip(0).float()
+        torch.testing.assert_close(raw, pixels, rtol=0, atol=1e-4)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,10 @@ def test_raw_pixels_are_those_normalised() -> None:
     images, sizes = pictures(1, 64, 96)
     normalised = padded(DenseDetector(model, config.data), images, sizes)
     assert torch.equal(torch.from_numpy(raw_pixels(normalised, config.data)), images)
+    blue_first = replace(config.data, channels="bgr")
+    flipped = DenseDetector(model, blue_first).normalised(images, sizes)
+    torch.testing.assert_close(flipped, normalised.flip(1))
+    assert torch.equal(torch.from_numpy(raw_pixels(flipped, blue_first)), images)
 
 
 # --- agreement ------------------------------------------------------------------------------------

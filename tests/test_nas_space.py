@@ -6,6 +6,7 @@ import itertools
 import tomllib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tomli_w
 
@@ -111,6 +112,33 @@ def test_ranges_supernets_and_the_first_release_of_3_8g() -> None:
     full = cost_table(first).full(genes)
     assert (full.macs, full.params) == (4_025_560_992, 29_521_972)
     assert (SMALL.size, LARGE.size) == (4**20, 4**40)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "deviation", "quantiles"),
+    [
+        ("small", 294.0, 11.8, (266, 274, 294, 313, 321)),
+        ("large", 1170.0, 33.9, (1092, 1114, 1170, 1226, 1249)),
+    ],
+)
+def test_distribution_of_uniform_genes(
+    name: str, mean: float, deviation: float, quantiles: tuple[int, ...]
+) -> None:
+    """Millions of body MACs: moments exactly, quantiles and shares from 40,000 networks."""
+    table = cost_table(SPACES[name])
+    macs = np.array([[cost.macs for cost in costs] for costs in table.blocks]) / 1e6
+    assert round(table.stem.macs / 1e6 + float(macs.mean(1).sum()), 1) == mean
+    assert round(float(macs.var(1).sum()) ** 0.5, 1) == deviation
+    genes = np.random.default_rng(0).integers(0, 4, (40_000, len(macs)))
+    drawn = table.stem.macs / 1e6 + macs[np.arange(len(macs)), genes].sum(1)
+    found = np.quantile(drawn, (0.01, 0.05, 0.5, 0.95, 0.99))
+    assert found == pytest.approx(quantiles, abs=1.5)
+    if name == "small":
+        full = drawn + table.tail.macs / 1e6
+        shares = [(drawn <= 300).mean(), (full <= 300).mean(), (full <= 330).mean()]
+        assert shares == pytest.approx([0.688, 0.012, 0.589], abs=0.01)
+    else:
+        assert (drawn <= 1300).mean() == pytest.approx(0.9999, abs=3e-4)
 
 
 def test_macs_scale_with_the_image() -> None:

@@ -35,7 +35,7 @@ def test_a_killed_experiment_loses_one_training(
     experiment = script.Experiment(**TOY)
     records = script.run(experiment, tmp_path)
     assert [(r["seed"], r["arm"]) for r in records] == [(s, a) for s in (0, 1) for a in script.ARMS]
-    assert [r["steps"] for r in records[:5]] == [1, 2, 1, 1, 1]
+    assert [r["steps"] for r in records[:6]] == [1, 2, 1, 1, 1, 1]
     learnt, transferred = records[2], records[4]
     assert list(learnt["scales"]) == [layer["label"] for layer in transferred["layers"]]
     # The arms differ in their weights alone, not in how their layers are split.
@@ -50,14 +50,14 @@ def test_a_killed_experiment_loses_one_training(
         script.api, "train", lambda *a, **k: trained.append(k["out"].name) or train(*a, **k)
     )
     again = script.run(experiment, tmp_path)
-    assert trained == ["fd-wt-1"]
+    assert trained == ["base-1+1-1"]
     timeless = [{k: v for k, v in r.items() if k != "seconds"} for r in (*records, *again)]
     assert timeless[: len(records)] == timeless[len(records) :]
     assert len(file.read_text().splitlines()) == len(records)
 
     found = script.summary(again)
     assert json.loads(json.dumps(found)) == found
-    assert len(list(script.table(found))) == 1 + 5 + 5 + 12
+    assert len(list(script.table(found))) == 1 + 6 + 6 + 12
     with pytest.raises(ConfigError, match="other epochs"):
         script.run(script.Experiment(**{**TOY, "epochs": 2.0}), tmp_path)
 

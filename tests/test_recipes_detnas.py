@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from fractions import Fraction
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from test_nas_space import BLOCKS, NETS, STEMS, UNIFORM
@@ -38,7 +40,7 @@ from test_recipes import (
 from test_recipes import backbone as resnet
 from torch import nn
 
-from detkit.cli.main import run
+from detkit.cli.main import cli, run
 from detkit.config import Config, read_toml, recipes, resolve, to_plain
 from detkit.engine import checkpoint
 from detkit.engine.optimizer import build_optimizer
@@ -460,3 +462,44 @@ def test_the_command_of_the_header_runs(
     assert run([*command_of(name), *extra]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["config"] == asked
+
+
+# --- docs/detnas.md -------------------------------------------------------------------------------
+
+
+def test_the_document_has_every_recipe_with_its_score() -> None:
+    """Numbers of a row, in its order, are those of the two recipes' first lines."""
+    text = DOC.read_text(encoding="utf-8")
+    told: set[str] = set()
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("| ") or len(cells) != 7 or "`" not in cells[6]:
+            continue
+        names = re.findall(r"`(detnas/[^`]+)`", cells[6])
+        for name in names:
+            column = 3 if name in CLASSIFIERS else 5
+            first = header(name).splitlines()[0].partition("Published: ")[2]
+            scores = [s for s in re.findall(r"\d\d\.\d", first)][: 1 if column == 3 else None]
+            assert re.findall(r"\d\d\.\d", cells[column]) == scores, name
+            params = classifier(settings(name).model.backbone).params / 1e6
+            assert cells[2] == f"{params:.2f} M"
+        told |= set(names)
+    assert told == {name for name in PUBLISHED if name not in SUPERNETS}
+    endings = set(re.findall(r"`(?:detnas/supernet20)?(-[a-z0-9-]+|detnas/[^`]+)`", text))
+    for name in SUPERNETS:
+        assert name in endings or name.removeprefix("detnas/supernet20") in endings, name
+
+
+def test_commands_of_the_document_are_those_of_the_program() -> None:
+    """Every option is one of its command, and every recipe exists."""
+    lines = re.findall(r"^detkit (.*)$", DOC.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) >= 10
+    root = click.Context(cli)
+    for line in lines:
+        name, *arguments = shlex.split(line)
+        command = cli.get_command(root, name)
+        assert command is not None
+        command.make_context(name, arguments, parent=root)  # refuses unknown options
+        if "--recipe" in arguments:
+            recipe = arguments[arguments.index("--recipe") + 1]
+            assert recipe in recipes() or recipe in ("best.toml", "best-finetune.toml")

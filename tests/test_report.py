@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import browser, look
+from html_pages import checked
 
+from detkit import config as configs
 from detkit import reporting
 from detkit.cli.main import run
+from detkit.detnas import SearchFolder, run_search
+from detkit.models.search_space import SPACES, Genes
 
 EVIL = "<script>alert('cat')</script>"
 SMALL = [
@@ -19,55 +23,6 @@ SMALL = [
     *("--set", "data.workers=0", "--batch-size", "2"),
 ]
 DETECTED = ["accuracy", "precision", "iou-area", "confusion", "errors"]
-
-
-class Reader(HTMLParser):
-    """Tags, ids and addresses of a page; unclosed and stray tags."""
-
-    VOID = {"meta", "link", "img", "br", "path", "use", "rect"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.addresses: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        for key, value in attrs:
-            if key == "id":
-                self.ids.append(str(value))
-            if key in ("href", "src", "xlink:href"):
-                self.addresses.append(str(value))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open, f"</{tag}> closes nothing"
-            assert self.open.pop() == tag
-
-
-def checked(path: Path) -> str:
-    """The page, well-formed, with nothing loaded from elsewhere, no script, and one of each id."""
-    text = path.read_text(encoding="utf-8")
-    page = Reader(text)
-    assert not page.open
-    assert len(set(page.ids)) == len(page.ids)
-    assert "script" not in page.tags
-    inside = {f"#{i}" for i in page.ids}
-    assert all(a in inside or a.startswith("data:") for a in page.addresses)
-    assert not re.search(r"url\((?!#)|@import", text)
-    assert len(text.encode()) < 5_000_000
-    return text
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +65,7 @@ def test_a_detector_is_detected_once_and_its_names_are_escaped(
     assert answer["report"] == "plain/report.html"
     wanted = ["overview", "training", *DETECTED, "pictures", "settings"]
     assert answer["sections"] == wanted
-    text = checked(Path("plain/report.html"))
+    text = checked(Path("plain/report.html").read_text())
     assert EVIL not in text
     assert "&lt;script&gt;alert" in text
     assert set(re.findall(r'<section id="([^"]+)"', text)) == set(wanted)
@@ -120,7 +75,7 @@ def test_a_detector_is_detected_once_and_its_names_are_escaped(
     with monkeypatch.context() as patch:
         patch.setattr(reporting, "restore", None)  # no model is built for the second report
         assert report(capsys, "plain")["runs"] == answer["runs"]
-    assert checked(Path("plain/report.html")) == text
+    assert checked(Path("plain/report.html").read_text()) == text
     report(capsys, "plain", "--set", "box.max_detections=1", "-o", "other.html")
     assert len(list(Path("plain").glob("detections-*.json"))) == 2  # other settings, other file
     assert report(capsys, "plain", "--limit", "2", "-o", "two.html")["runs"][0]["images"] == 2
@@ -132,7 +87,7 @@ def test_runs_side_by_side(there: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [r["name"] for r in answer["runs"]] == ["plain", "learn", classifier.name]
     wanted = ["overview", "training", *DETECTED, "scales", "pictures", "settings"]
     assert answer["sections"] == wanted
-    text = checked(Path("all.html"))
+    text = checked(Path("all.html").read_text())
     for part in (
         "Settings that differ",
         "model.scales",
@@ -146,7 +101,7 @@ def test_without_a_run_it_takes_the_newest(there: Path, capsys: pytest.CaptureFi
     answer = report(capsys)
     assert answer["sections"] == ["overview", "training", "settings"]
     assert answer["runs"][0]["run"].startswith("runs/pretrain/")
-    assert "top1" in checked(Path(answer["report"]))
+    assert "top1" in checked(Path(answer["report"]).read_text())
 
 
 def test_an_interrupted_run_is_told_as_far_as_it_came(
@@ -163,7 +118,7 @@ def test_an_interrupted_run_is_told_as_far_as_it_came(
     assert answer["sections"] == ["overview", "training", "settings"]
     assert any("50%" in note for note in answer["runs"][0]["notes"])
     assert any("no checkpoint" in note for note in answer["runs"][0]["notes"])
-    assert "no checkpoint" in checked(folder / "report.html")
+    assert "no checkpoint" in checked((folder / "report.html").read_text())
     # The report does not keep the run from being started again in its folder.
     line = ["finetune", "--data", "shapes", *SMALL, "--steps", "1", "--out", str(folder)]
     assert run(line) == 0
@@ -208,3 +163,93 @@ def test_without_matplotlib_it_says_what_to_install(
     capsys.readouterr()
     assert run(["report", "plain", "--json"]) == 2
     assert "pip install detkit[plots]" in json.loads(capsys.readouterr().out)["error"]
+
+
+def searched(folder: Path, method: str, generations: int = 3) -> Path:
+    """A search of the tiny space by a fitness that fails on some networks."""
+
+    def evaluate(genes: Genes) -> dict[str, float]:
+        if genes[0] == 3:
+            raise FloatingPointError("no number")
+        return {"AP": sum(genes) / 30}
+
+    space, limits = SPACES["tiny"], {"macs": 60e6}
+    wanted = {"method": method, "population": 6, "generations": generations, "parents": 3}
+    config = configs.resolve([{"search": wanted}])
+    folder.mkdir()
+    configs.write_toml(config, folder / "config.toml")
+    journal = folder / "candidates.jsonl"
+    found = run_search(space, config.search, evaluate, "AP", journal, limits=limits)
+    record = {"method": method, "fitness": "detection", "metric": "AP", "limits": limits}
+    record |= {"finished": True, "space": space.to_plain(), "supernet": {"file": "best.pth"}}
+    SearchFolder(folder).write(record)
+    assert len(found.history) == 6 * generations
+    return folder
+
+
+def test_searches_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(searched(tmp_path / method, method)) for method in ("evolution", "random")]
+    answer = report(capsys, *folders)
+    assert answer["sections"] == ["overview", "search", "settings"]
+    text = checked((tmp_path / "evolution" / "report.html").read_text())
+    lines = [json.loads(row) for row in (tmp_path / "random/candidates.jsonl").open()]
+    best = max((line for line in lines if line["fitness"] is not None), key=lambda x: x["fitness"])
+    assert best["genes"] in text
+    assert f"random 1: {best['fitness']:.3f}" in text  # its strip
+    for part in ("Best so far", "Fitness against multiply-adds; dashed: the limit", "stride 16"):
+        assert part in text
+
+
+def test_a_search_that_runs_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a line at the end may be on its way; there is no result before the first generation."""
+    folder = searched(tmp_path / "run", "random")
+    (folder / "search.json").unlink()
+    journal = folder / "candidates.jsonl"
+    content = journal.read_bytes()[:-30]
+    journal.write_bytes(content)
+    answer = report(capsys, str(folder))
+    assert journal.read_bytes() == content
+    assert answer["sections"] == ["overview", "search", "settings"]
+    assert any("17 of 18" in note for note in answer["runs"][0]["notes"])
+    assert "stride 16" not in checked((folder / "report.html").read_text())
+
+
+@pytest.mark.slow
+def test_a_browser_shows_every_section_on_a_telephone_and_a_desktop(
+    there: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """No console message, nothing requested, nothing wider than the screen, text one can read."""
+    browser()
+    answer = report(capsys, "learn", "plain", "-o", str(tmp_path / "report.html"))
+    for width in (390, 1280):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        seen = look(tmp_path / "report.html", width, folder)
+        assert seen["console"] == seen["requests"] == seen["wide"] == []
+        assert seen["width"] == width
+        assert seen["scrollWidth"] <= width
+        assert seen["sections"] == dict.fromkeys(answer["sections"], True)
+        assert seen["images"] > 0
+        assert seen["broken"] == 0
+        assert seen["smallestText"] > 8
+
+
+def test_the_browser_sees_what_is_wrong(tmp_path: Path) -> None:
+    """Guards the test above: a page with every fault it looks for."""
+    browser()
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<!DOCTYPE html><body><section id=gone style='display:none'>x</section>"
+        "<p style='width:900px'>wide</p><img src='data:image/png;base64,AAAA'>"
+        "<link rel=stylesheet href=http://127.0.0.1:9/none.css><script>console.error('oh')</script>"
+    )
+    (tmp_path / "look").mkdir()
+    seen = look(page, 390, tmp_path / "look")
+    assert seen["scrollWidth"] > 390
+    assert any("900px" in element for element in seen["wide"])
+    assert seen["sections"] == {"gone": False}
+    assert seen["broken"] == 1
+    assert any("oh" in row for row in seen["console"])
+    assert any(name.endswith("none.css") for name in seen["requests"])

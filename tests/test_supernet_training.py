@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from data_sets import box, image, write_coco
 from torch import Tensor
 
-from detkit import supernet
+from detkit import api, supernet
 from detkit.config import Config, resolve
 from detkit.engine import checkpoint
 from detkit.engine.run import create_run
@@ -118,8 +119,9 @@ def test_training_moves_the_blocks_of_the_path_and_no_others(
     states.append(model.state_dict())
     places = [(p.stage, p.index) for p in space.positions()]
     sampler, seen = UniformPaths(space, config.train.seed), set()
+    paths = [sampler(step) for step in range(12)]
     for step in range(12):
-        genes = sampler(step)
+        genes = paths[step]
         active = {(*place, gene) for place, gene in zip(places, genes, strict=True)}
         seen |= active
         for key, before in states[step].items():
@@ -129,6 +131,13 @@ def test_training_moves_the_blocks_of_the_path_and_no_others(
             elif key.endswith((".weight", ".bias")) and before.ndim == 1 and place is not None:
                 assert not torch.equal(before, after), f"step {step}: {key} stayed"
     assert len(seen) == 2 * len(space)  # every block was active once, and idle at other times
+    rests = {
+        (i, genes[i])
+        for genes, then, last in zip(paths, paths[1:], paths[2:], strict=False)
+        for i in range(len(space))
+        if genes[i] not in (then[i], last[i])
+    }
+    assert len(rests) > 3  # blocks that carried momentum and were idle twice in a row
     if config.train.ema:
         average = checkpoint.load(run.last)["ema"]
         assert all(bool(torch.isfinite(v).all()) for v in average.values())
@@ -172,6 +181,27 @@ def test_splits_that_do_not_fit_are_refused() -> None:
 def test_seven_and_the_text_seven_are_two_images() -> None:
     split = SearchSplit.draw([7, "7", 1, 2, 3], 1, seed=0)
     assert len(split.train) == 4 and split.indices(["7", 7, 1, 2, 3])
+
+
+@pytest.mark.parametrize("backbone", ["resnet50-tiny", "detnas-supernet-tiny"])
+def test_images_without_objects_are_left_out_of_training_alone(
+    backbone: str, tmp_path: Path
+) -> None:
+    images = [image(n) for n in range(1, 11)]
+    for split in ("train", "val"):
+        write_coco(tmp_path, images, [box(n, n) for n in range(3, 11)], split=split)
+    tables = {"model": {"backbone": backbone, "norm": "bn"}, "data": {"path": str(tmp_path)}}
+    found = []
+    for skip in (False, True):
+        config = resolve([tables, {"data": {"skip_empty": skip}, "train": {"steps": 1}}])
+        plan = api.training_plan("finetune", config)
+        evaluated = plan.get("search_images", plan.get("val_images"))
+        found.append((plan["train_images"], evaluated))
+    (kept, evaluated), (left, then) = found
+    assert evaluated == then == (10 if backbone == "resnet50-tiny" else 2)
+    held = SearchSplit.draw(range(1, 11), 2, 0).search if evaluated == 2 else ()
+    empty = {1, 2} - set(held)
+    assert kept == 10 - len(held) and left == kept - len(empty) and empty
 
 
 # -- settings

@@ -288,6 +288,12 @@ def test_the_factor_follows_the_published_schedule() -> None:
     assert values == pytest.approx({**expected, 160_000: 0.01})
 
 
+def test_linear_falls_to_zero_by_the_same_amount_each_step() -> None:
+    optim = OptimConfig(schedule="linear", warmup_steps=0)
+    found = [factor(optim, step / 8, step) for step in range(9)]
+    assert found == [1 - step / 8 for step in range(9)]
+
+
 def test_cosine_ends_at_zero() -> None:
     optim = OptimConfig(schedule="cosine", warmup_steps=0)
     values = [factor(optim, progress, 1) for progress in (0.0, 0.25, 0.5, 1.0, 1.1)]
@@ -383,6 +389,18 @@ def test_norms_and_biases_have_their_own_decay_and_rate() -> None:
         "2.bias": (0.4, 0.0),
     }
     assert set(_groups(model, weight_decay=0.1).values()) == {(0.2, 0.1)}
+
+
+def test_decay_of_weights_and_norms_but_not_of_biases() -> None:
+    """DetNAS's fine-tuning: the scales of norms decay, their shifts and all biases do not."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    found = _groups(model, weight_decay=0.1, bias_decay=False, bias_lr_factor=2.0)
+    assert found == {
+        "0.weight": (0.2, 0.1),
+        "0.bias": (0.4, 0.0),
+        "1.weight": (0.2, 0.1),
+        "1.bias": (0.2, 0.0),
+    }
 
 
 def test_a_shared_weight_is_trained_once_and_a_frozen_model_is_refused() -> None:

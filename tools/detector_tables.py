@@ -20,6 +20,9 @@ PARTS = (
     ("detnet/imagenet-detnet59", "classifier", "224x224", "18,372,648", "4.846", "4.8 G"),
     ("detnet/imagenet-detnet59-noproj", "classifier", "224x224", "17,322,024", "4.640", "4.6 G"),
     ("light-head/imagenet-xception145", "classifier", "224x224", "1,531,936", "0.143", "145 M"),
+    ("detnas/imagenet-300m", "classifier", "224x224", "3,533,112", "0.321", "3.5 M parameters"),
+    ("detnas/imagenet-1.3g", "classifier", "224x224", "10,426,328", "1.318", "10.4 M parameters"),
+    ("detnas/imagenet-3.8g", "classifier", "224x224", "31,444,596", "4.086", ""),
     ("detnet/resnet50-fpn", "backbone", "800x1344", "23,508,032", "82.6", ""),
     ("detnet/resnet50-dilated-fpn", "backbone", "800x1344", "23,508,032", "129.7", "6.1 G at 224"),
     ("detnet/resnet101-fpn", "backbone", "800x1344", "42,500,160", "162.2", ""),
@@ -40,6 +43,10 @@ PARTS = (
     ("light-head/setting-s-700", "rpn", "700x1100", "686,938", "2.08", ""),
     ("light-head/setting-s-700", "head", "700x1100", "1,179,733", "1.18", ""),
     ("light-head/setting-s-700", "total", "700x1100", "4,869,435", "7.05", ""),
+    ("detnas/300m-fpn", "backbone", "800x1344", "1,849,680", "6.17", ""),
+    ("detnas/300m-fpn", "neck", "800x1344", "2,666,496", "54.9", ""),
+    ("detnas/300m-fpn", "head", "800x1344", "15,618,449", "128.9", ""),
+    ("detnas/300m-retinanet", "total", "800x1344", "11,742,996", "165.4", ""),
 )
 
 

@@ -72,12 +72,13 @@ def _check_split(path: str, kind: str, split: str, config: DataConfig) -> Report
         return open_detection(path, split, config).report
     if kind == "folder":
         *_, report = folder.read(
-            Path(path), split, max_pixels=config.max_pixels, limit=None, decode=_decode
+            Path(path), split, max_pixels=config.max_pixels, limit=None, decode=decode
         )
         return report
-    options = CleanOptions(max_pixels=config.max_pixels, limit=None, decode=_decode)
+    options = CleanOptions(max_pixels=config.max_pixels, limit=None, decode=decode)
     return clean(read_raw(path, kind, split, config), options)[1]
 
 
-def _decode(path: Path, max_pixels: int) -> None:
+def decode(path: Path, max_pixels: int) -> None:
+    """Read every pixel; raises ImageFileError where one cannot be."""
     load_image(path, max_pixels)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from detkit.data.images import confine, read_header
-from detkit.data.objects import Annotation, clean_annotations
+from detkit.data.objects import BORDER_SLACK, Annotation, clean_annotations
 from detkit.data.problems import ImageFileError, Report
-from detkit.data.raw import CleanOptions, RawImage, RawSet, is_id, is_side
+from detkit.data.raw import CleanOptions, RawImage, RawSet, is_finite, is_id, is_number, is_side
 from detkit.data.records import PackedJson, Records
 from detkit.errors import DataError
 
@@ -26,7 +26,7 @@ def clean(raw: RawSet, options: CleanOptions) -> tuple[Records, Report]:
         report.add(p.rule, p.file, p.what, p.action, p.image_id, p.annotation_id)
     entries = _entries(raw, report)
     images = [i for i in entries.values() if _is_readable(i, raw, options, report)]
-    _decide_orientation(images, report)
+    _decide_orientation(images, raw.annotations, report)
     images = [i for i in images if _size_agrees(i, report)]
     annotations = clean_annotations(raw, images, set(entries), options, report)
     report.images = len(images)
@@ -107,31 +107,64 @@ def _is_readable(image: RawImage, raw: RawSet, options: CleanOptions, report: Re
     return True
 
 
-def _decide_orientation(images: list[RawImage], report: Report) -> None:
+def _decide_orientation(images: list[RawImage], annotations: list[Any], report: Report) -> None:
     """Mark the images whose boxes are in the grid of the stored pixels.
 
-    Where EXIF swaps the sides, the annotated size tells the grid. Where it cannot (half turns,
-    mirrors, squares), the other turned images of the set decide; without any, boxes are as shown.
+    Where EXIF swaps the sides, the annotated size tells the grid, unless the boxes fit the other
+    one alone: labelling tools show the turned image and note the size of the stored one. Where
+    neither can (half turns, mirrors, squares), the other turned images of the set decide; without
+    any, boxes are as shown.
     """
     votes = 0
     undecided = []
-    turned = []
-    for image in images:
-        header = image.header
-        if header is None or header.orientation == 1:
-            continue
-        turned.append(image)
-        if header.stored == header.shown:
+    turned = [i for i in images if i.header is not None and i.header.orientation != 1]
+    ends = _ends(turned, annotations)
+    for image in turned:
+        if image.header is None or image.header.stored == image.header.shown:
             undecided.append(image)
-        else:
-            image.as_stored = (image.height, image.width) == header.stored
-            votes += 1 if image.as_stored else -1
+            continue
+        image.as_stored = (image.height, image.width) == image.header.stored
+        _follow_boxes(image, ends[image.id], report)
+        votes += 1 if image.as_stored else -1
     for image in undecided:
         image.as_stored = votes > 0
     for image in turned:
         if image.as_stored:
             what = "boxes on the stored pixels; its EXIF orientation is not applied"
             report.add("image-orientation", image.file, what, "fix", image.id)
+
+
+def _ends(images: list[RawImage], annotations: list[Any]) -> dict[int | str, list[Any]]:
+    """Right and bottom ends of the boxes of each image, of those that are numbers."""
+    found: dict[int | str, list[Any]] = {image.id: [] for image in images}
+    for entry in annotations if found else ():
+        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        owner, box = fields.get("image_id"), fields.get("bbox")
+        if not is_id(owner) or owner not in found or not isinstance(box, list) or len(box) != 4:
+            continue
+        if all(is_number(v) and is_finite(v) for v in box):
+            found[owner].append((box[0] + box[2], box[1] + box[3]))
+    return found
+
+
+def _follow_boxes(image: RawImage, ends: list[Any], report: Report) -> None:
+    """Take the other grid where all boxes fit that and not the one of the annotated size."""
+    if image.header is None or (image.height, image.width) not in (
+        image.header.stored,
+        image.header.shown,
+    ):
+        return
+
+    def fits(height: int, width: int) -> bool:
+        return all(x <= width + BORDER_SLACK and y <= height + BORDER_SLACK for x, y in ends)
+
+    if fits(image.height, image.width) or not fits(image.width, image.height):
+        return
+    image.height, image.width = image.width, image.height
+    image.as_stored = not image.as_stored
+    if not image.as_stored:
+        what = "size of the stored pixels, but boxes that fit the image as shown; taken as shown"
+        report.add("image-orientation", image.file, what, "fix", image.id)
 
 
 def _size_agrees(image: RawImage, report: Report) -> bool:

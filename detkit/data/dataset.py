@@ -99,12 +99,15 @@ class DetectionDataset:
         return _same_size(image, self.size(index), path)
 
     def take(self, indices: Sequence[int]) -> DetectionDataset:
-        """A set of the images ``indices`` alone, in that order; its report starts empty."""
-        report = Report(images=len(indices))
+        """The images ``indices`` alone, in that order; the report is the whole set's."""
         pixels = None if self.pixels is None else [self.pixels[i] for i in indices]
-        return replace(
-            self, records=self.records.take(indices), report=report, pixels=pixels, damaged=set()
-        )
+        return replace(self, records=self.records.take(indices), pixels=pixels, damaged=set())
+
+    def with_objects(self) -> DetectionDataset:
+        """The images that hold an object which is no crowd."""
+        r = self.records
+        counted = np.concatenate([[0], np.cumsum(~r.iscrowd)])
+        return self.take(np.flatnonzero(np.diff(counted[r.first])).tolist())
 
     def truth(self) -> dict[str, list[dict[str, Any]]]:
         """The split as normalised COCO ground truth: ``images``, ``annotations``, ``categories``.
@@ -121,13 +124,15 @@ class DetectionDataset:
             height, width = self.size(index)
             file = self.records.files[index]
             images.append({"id": image_id, "file_name": file, "height": height, "width": width})
-            annotations += self._annotations(index, image_id)
+            annotations += self.annotations(index)
         pairs = zip(self.categories.ids, self.categories.names, strict=True)
         categories = [{"id": i, "name": n} for i, n in pairs]
         return {"images": images, "annotations": annotations, "categories": categories}
 
-    def _annotations(self, index: int, image_id: int | str) -> list[dict[str, Any]]:
+    def annotations(self, index: int) -> list[dict[str, Any]]:
+        """Objects of image ``index``, as :meth:`truth` has them."""
         r = self.records
+        image_id = r.image_ids[index]
         found = []
         for a in range(int(r.first[index]), int(r.first[index + 1])):
             annotation = {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from detkit.data.problems import ImageFileError
+
+Floats = NDArray[np.float64]
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -27,6 +30,16 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+# Where the point (x, y) of stored pixels (height h, width w) is shown.
+_POINTS: dict[int, Callable[[Floats, Floats, int, int], tuple[Floats, Floats]]] = {
+    2: lambda x, y, h, w: (w - x, y),
+    3: lambda x, y, h, w: (w - x, h - y),
+    4: lambda x, y, h, w: (x, h - y),
+    5: lambda x, y, h, w: (y, x),
+    6: lambda x, y, h, w: (h - y, x),
+    7: lambda x, y, h, w: (h - y, w - x),
+    8: lambda x, y, h, w: (y, w - x),
 }
 # What the decoders of Pillow raise on damaged input, as seen by feeding them damaged files.
 _DECODE_ERRORS = (
@@ -142,6 +155,23 @@ def load_image(
             rule = "image-truncated" if "truncated" in str(error).lower() else "image-unreadable"
             raise ImageFileError(rule, str(path), str(error) or type(error).__name__) from error
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def turn_points(points: Floats, orientation: int, stored: tuple[int, int]) -> Floats:
+    """(P, 2) points x, y of an image of ``stored`` (height, width) where EXIF has them shown."""
+    move = _POINTS.get(orientation)
+    if move is None:
+        return points
+    return np.stack(move(points[:, 0], points[:, 1], *stored), axis=1)
+
+
+def turn_mask(mask: NDArray[np.bool_], orientation: int) -> NDArray[np.bool_]:
+    """(H, W) mask of the stored pixels as EXIF has it shown."""
+    turn = _TURNS.get(orientation)
+    if turn is None:
+        return mask
+    image = Image.fromarray(mask.astype(np.uint8)).transpose(turn)
+    return np.asarray(image).astype(np.bool_)
 
 
 _SWAPPING = {_TURNS[k] for k in (5, 6, 7, 8)}

@@ -9,8 +9,8 @@ from detkit.data.masks import segmentation_area, segmentation_box, segmentation_
 from detkit.data.problems import Report
 from detkit.data.raw import CleanOptions, RawImage, RawSet, is_finite, is_id, is_number
 
-# A box may pass its image by this many pixels before that is reported: exporters round.
-_BORDER_SLACK = 1.0
+BORDER_SLACK = 1.0
+"""A box may pass its image by this many pixels before that is reported: exporters round."""
 
 Annotation = dict[str, Any]
 
@@ -172,6 +172,6 @@ def _box(
         what = f"box {box} in {image.width}x{image.height}"
         if x >= image.width or y >= image.height or x + w <= 0 or y + h <= 0:
             raise _UnusableError("box-outside", what)
-        if max(-x, -y, x + w - image.width, y + h - image.height) > _BORDER_SLACK:
+        if max(-x, -y, x + w - image.width, y + h - image.height) > BORDER_SLACK:
             fix("box-clipped", f"{what}; clipped for training")
     return x, y, w, h

@@ -167,8 +167,8 @@ def _listed(source: Path) -> list[tuple[Path, str]]:
     return [(root, n) for n in names]
 
 
-def _label_file(root: Path, name: str) -> Path:
-    """labels/ in the place of the last images/ of the path, .txt in the place of the suffix."""
+def label_file(root: Path, name: str) -> Path:
+    """Labels of image ``name`` in ``root``: labels/ for the path's last images/, ending in .txt."""
     parts = list((root / name).parts)
     for k in range(len(parts) - 2, -1, -1):
         if parts[k] == "images":
@@ -182,7 +182,7 @@ def _numbered_names(layout: _Layout) -> list[str]:
     largest = -1
     pairs = [p for sources in layout.splits.values() for s in sources for p in _listed(s)]
     for root, name in pairs:
-        file = _label_file(root, name)
+        file = label_file(root, name)
         lines = (
             file.read_text(encoding="utf-8", errors="replace").splitlines()
             if file.is_file()
@@ -202,7 +202,7 @@ def _numbered_names(layout: _Layout) -> list[str]:
 
 
 def _add_labels(raw: RawSet, number: int, root: Path, name: str, size: tuple[int, int]) -> None:
-    file = _label_file(root, name)
+    file = label_file(root, name)
     if not file.is_file():
         return
     try:

@@ -165,7 +165,21 @@ class Journal:
         end = content.rfind(b"\n") + 1
         if end < len(content):
             os.truncate(self.path, end)
-        return [self._parse(i, text) for i, text in enumerate(content[:end].splitlines(), 1)]
+        return self._lines(content[:end])
+
+    def look(self) -> list[dict[str, Any]]:
+        """All whole lines; the file, which a search may be writing to, is left as it is.
+
+        Raises:
+            DataError: Something else is in the file.
+        """
+        if not self.path.is_file():
+            return []
+        content = self.path.read_bytes()
+        return self._lines(content[: content.rfind(b"\n") + 1])
+
+    def _lines(self, content: bytes) -> list[dict[str, Any]]:
+        return [self._parse(i, text) for i, text in enumerate(content.splitlines(), 1)]
 
     def _parse(self, number: int, text: bytes) -> dict[str, Any]:
         try:

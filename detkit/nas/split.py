@@ -60,10 +60,10 @@ class SearchSplit:
         train, search = sorted(places[held:]), sorted(places[:held])
         return cls(seed, tuple(ids[i] for i in train), tuple(ids[i] for i in search))
 
-    def meets(self, image_ids: Sequence[ImageId]) -> bool:
-        """Whether any of these images was trained on or held out."""
+    def covers(self, image_ids: Sequence[ImageId]) -> bool:
+        """Whether it was drawn from just these images."""
         ours = {_order(image_id) for image_id in (*self.train, *self.search)}
-        return any(_order(image_id) in ours for image_id in image_ids)
+        return ours == set(map(_order, image_ids))
 
     def indices(self, image_ids: Sequence[ImageId]) -> tuple[list[int], list[int]]:
         """Where the images to train on and those for the search lie in a data set, in its order.

@@ -9,7 +9,7 @@ from detkit.engine.summary import NUMBERS
 from detkit.report.analysis import COLUMNS, ROWS
 from detkit.report.charts import Charts, Line
 from detkit.report.evaluation import Evaluation
-from detkit.report.page import Section, details, panels, paragraph
+from detkit.report.page import Section, beside, details, panels, paragraph
 from detkit.report.runs import Run
 from detkit.report.tables import Cell, Share, best_of, table
 
@@ -92,7 +92,7 @@ def by_iou_and_area(runs: Sequence[Run], charts: Charts) -> Section | None:
     if not found:
         return None
     figures = _one_figures(found[0][2], charts) if len(found) == 1 else _figures(found, charts)
-    tables = "".join(_table(found, quantity) for quantity in ROWS)
+    tables = beside([_table(found, quantity) for quantity in ROWS])
     note = paragraph(
         "As in tables 3 and 4 of DetNet: a detector that places boxes well keeps its AP towards "
         "high IoU. Small is below 32² pixels, large above 96².",

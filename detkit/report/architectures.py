@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 Nets = Mapping[str, tuple[SearchSpace, Genes]]
 
 STYLES = {
-    "shuffle3": ("shuffle 3x3", "3", "#C6DBEF", "#222222"),
-    "shuffle5": ("shuffle 5x5", "5", "#6BAED6", "#222222"),
+    "shuffle3": ("shuffle 3x3", "3", "#C6DBEF", "#111111"),
+    "shuffle5": ("shuffle 5x5", "5", "#6BAED6", "#111111"),
     "shuffle7": ("shuffle 7x7", "7", "#08519C", "#ffffff"),
-    "xception": ("xception 3x3", "x", "#E69F00", "#222222"),
+    "xception": ("xception 3x3", "x", "#E39E00", "#111111"),
 }
 """Block to its name, the letter in its cell, the cell's colour and the letter's: larger kernels are
 darker, and letters tell the blocks apart without colour."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 _ARRAYS = {"solid": "", "dashed": "5 3", "dotted": "1.5 2.5", "dashdot": "6 2.5 1.5 2.5"}
-SIZE = (4.5, 2.75)
+SIZE = (4.2, 2.7)
 """Width and height in inches; text of 8 to 9 points is readable on a telephone."""
 MOST_POINTS = 300
 """Longer lines are thinned to the means of so many stretches."""
@@ -36,6 +36,7 @@ class Line:
         opacity: 0 to 1.
         dots: Mark each point.
         steps: Hold each height up to the next point.
+        joined: False for dots alone.
     """
 
     name: str = ""
@@ -46,6 +47,7 @@ class Line:
     opacity: float = 1.0
     dots: bool = False
     steps: bool = False
+    joined: bool = True
 
     @property
     def color(self) -> str:
@@ -76,8 +78,15 @@ class Charts:
         set_axes(panel, lines, **axes)
         return self.figure(figure, title, legend([line for line in lines if line.name]))
 
-    def bars(self, title: str, rows: Mapping[str, Sequence[float | None]], *, x_label: str) -> str:
-        """Horizontal bars: a group for each row, a bar for each of its values."""
+    def bars(
+        self,
+        title: str,
+        rows: Mapping[str, Sequence[float | None]],
+        names: Sequence[str],
+        *,
+        x_label: str,
+    ) -> str:
+        """Horizontal bars: a group for each row, a bar for each of its values, which have names."""
         most = max(len(values) for values in rows.values())
         figure, panel = _new(0.9 + len(rows) * max(0.28, 0.16 * most + 0.1))
         size = 0.76 / most
@@ -103,14 +112,16 @@ class Charts:
         _frame(panel, x_label, "")
         panel.grid(visible=False, axis="y")
         panel.axvline(0, color=QUIET, linewidth=0.8)
-        return self.figure(figure, title)
+        keys = [Line(name=name, x=(), y=(), style=n) for n, name in enumerate(names)]
+        return self.figure(figure, title, legend(keys))
 
     def figure(self, figure: Figure, title: str, below: str = "", *, wide: bool = False) -> str:
         """Any figure of matplotlib as a ``<figure>``; a wide one scrolls on a small screen."""
         svg = inline_svg(figure, next(self._keys), title)
         if wide:
             inches = figure.get_size_inches()[0]
-            style = f'style="min-width:{min(70, 6.2 * inches):.0f}rem"' if inches > 6 else ""
+            least = f"min-width:{5.4 * inches:.0f}rem;" if inches > SIZE[0] else ""
+            style = f'style="{least}max-width:{6.5 * inches:.0f}rem"'
             svg = (
                 f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
                 f"<div {style}>{svg}</div></div>"
@@ -156,14 +167,25 @@ def set_axes(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     logarithmic: bool = False,
+    marks: Sequence[float] = (),
 ) -> None:
-    """Labels and ranges; a logarithmic axis only where all heights are positive and far apart."""
+    """Labels and ranges, and dashes at ``marks`` of the horizontal axis.
+
+    A logarithmic axis only where all heights are positive and far apart.
+    """
+    from matplotlib.ticker import LogLocator
+
     _frame(panel, x_label, y_label)
     heights = [v for line in lines for v in line.y if v is not None and math.isfinite(v)]
     if logarithmic and heights and min(heights) > 0 and max(heights) > 8 * min(heights):
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.minorticks_off()
+    elif heights and max(map(abs, heights)) < 0.01:
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for mark in marks:
+        panel.axvline(mark, color=QUIET, linewidth=1, linestyle="dashed")
     if x_range:
         panel.set_xlim(*x_range)
     if y_range:
@@ -186,23 +208,25 @@ def _draw(panel: Axes, line: Line) -> None:
         list(line.x),
         heights,
         color=line.color,
-        linestyle=line.dash,
+        linestyle=line.dash if line.joined else "none",
         linewidth=line.width,
         alpha=line.opacity,
-        marker="o" if line.dots or len(known) == 1 else "",
+        marker="o" if line.dots or not line.joined or len(known) == 1 else "",
         markersize=3.2,
+        markeredgewidth=0,
         drawstyle="steps-post" if line.steps else "default",
         solid_capstyle="round",
+        clip_on=False,
         zorder=3,
     )
 
 
 def _frame(panel: Axes, x_label: str, y_label: str) -> None:
-    panel.set_xlabel(x_label, fontsize=8.5, color=INK)
-    panel.set_ylabel(y_label, fontsize=8.5, color=INK)
+    panel.set_xlabel(x_label, fontsize=9, color=INK)
+    panel.set_ylabel(y_label, fontsize=9, color=INK)
     panel.grid(color=GRID, linewidth=0.7)
     panel.set_axisbelow(True)
-    panel.tick_params(colors=QUIET, labelsize=8, length=0)
+    panel.tick_params(colors=QUIET, labelsize=8.5, length=0)
     for side, spine in panel.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(QUIET)

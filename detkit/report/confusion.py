@@ -11,7 +11,7 @@ from detkit.engine.confusion import Counts
 from detkit.report.accuracy import scored
 from detkit.report.charts import Charts
 from detkit.report.evaluation import Evaluation
-from detkit.report.page import Section, details, paragraph
+from detkit.report.page import Section, beside, details, paragraph
 from detkit.report.runs import Run
 from detkit.report.tables import scroll, table
 
@@ -35,14 +35,15 @@ def confusion(runs: Sequence[Run], charts: Charts) -> Section | None:
     )
     parts = []
     for _, run, e in found:
-        heading = f"<h3>{escape(run.name)}</h3>" if len(found) > 1 else ""
-        parts.append(heading + _matrix(e, run.name) + _pairs(e))
-    return Section("confusion", "Confusion matrix", note + "".join(parts))
+        parts.append(_matrix(e, run.name, len(found) > 1) + _pairs(e))
+    body = beside([f"<div>{part}</div>" for part in parts])
+    return Section("confusion", "Confusion matrix", note + body)
 
 
-def _matrix(e: Evaluation, name: str) -> str:
+def _matrix(e: Evaluation, name: str, several: bool) -> str:
     names, counts = merged(list(e.matches["bbox"].names), e.table)
-    label = f"Confusion matrix of {name}, scores from {e.curves.threshold:g}"
+    label = f"{name}, scores from {e.curves.threshold:g}"
+    caption = label if several else f"Scores from {e.curves.threshold:g}"
     columns = [*names, UNSEEN]
     head = "".join(f'<th scope="col" class="up">{escape(column)}</th>' for column in columns)
     rows = []
@@ -51,8 +52,8 @@ def _matrix(e: Evaluation, name: str) -> str:
         cells = "".join(_cell(int(n), row == i, total) for i, n in enumerate(counts[row]))
         rows.append(f'<tr><th scope="row">{escape(own)}</th>{cells}</tr>')
     content = (
-        f'<table class="confusion"><caption>{escape(f"Scores from {e.curves.threshold:g}")}'
-        f'</caption><thead><tr><th scope="col" class="text">truth ↓ detected →</th>{head}</tr>'
+        f'<table class="confusion"><caption>{escape(caption)}</caption><thead><tr>'
+        f'<th scope="col" class="text">truth ↓ detected →</th>{head}</tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table>"
     )
     content = scroll(label, content)

@@ -15,13 +15,15 @@ from detkit.report.page import render
 from detkit.report.pictures import pictures
 from detkit.report.precision import precision
 from detkit.report.runs import Run
+from detkit.report.search import search
 from detkit.report.training import training
 
 LARGEST = 5_000_000
 """Bytes of a page."""
 
-BEFORE = (
+BUILDERS = (
     overview,
+    search,
     training,
     accuracy,
     precision,
@@ -44,7 +46,7 @@ def document(runs: Sequence[Run], *, footer: str = "") -> tuple[str, list[str]]:
     """
     require_matplotlib("detkit report")
     charts = Charts()
-    sections = [section for build in BEFORE if (section := build(runs, charts)) is not None]
+    sections = [section for build in BUILDERS if (section := build(runs, charts)) is not None]
     last = settings(runs, charts)
     title = (
         f"detkit report: {runs[0].name}" if len(runs) == 1 else f"detkit report: {len(runs)} runs"

@@ -10,7 +10,7 @@ from detkit.engine.error_types import BACKGROUND, HIT, KINDS
 from detkit.report.accuracy import MOST_OPEN, scored
 from detkit.report.charts import Charts
 from detkit.report.evaluation import Evaluation
-from detkit.report.page import Section, details, panels, paragraph
+from detkit.report.page import Section, beside, details, panels, paragraph
 from detkit.report.runs import Run
 from detkit.report.tables import Cell, table
 
@@ -20,7 +20,9 @@ MEANING = {
     "both": f"the wrong class, IoU from {BACKGROUND:g} to below {HIT:g}",
     "duplicate": "a better detection has the object already",
     "background": f"no object there (IoU below {BACKGROUND:g})",
-    "missed": "an object without any detection of these kinds on it",
+    "missed": "an object with no detection, not even misplaced or misnamed",
+    "false positives": "all detections that are no hits, left out",
+    "false negatives": "all objects without a hit, not asked for",
 }
 _SUMS = ("false positives", "false negatives")
 
@@ -31,31 +33,26 @@ def errors(runs: Sequence[Run], charts: Charts) -> Section | None:
     if not found:
         return None
     gains = {name: [e.errors.gain[name] for _, _, e in found] for name in (*KINDS, *_SUMS)}
-    chart = charts.bars("AP50 won by putting right one kind alone", gains, x_label="AP50 won")
+    names = [run.name for _, run, _ in found]
+    title = "AP50 won by putting right one kind alone"
+    chart = charts.bars(title, gains, names, x_label="AP50 won")
     several = len(found) > 1
-    columns = ["kind"]
-    for _, run, _ in found:
-        columns += (
-            [f"{run.name}: {c}" for c in ("errors", "AP50 won")]
-            if several
-            else [
-                "errors",
-                "AP50 won",
-            ]
-        )
+    columns = ["kind", "meaning"]
+    for name in names:
+        columns += [f"{f'{name}: ' if several else ''}{c}" for c in ("errors", "AP50 won")]
     rows: list[list[Cell]] = []
-    for name in (*KINDS, *_SUMS):
-        row: list[Cell] = [name]
+    for kind in (*KINDS, *_SUMS):
+        row: list[Cell] = [kind, MEANING[kind]]
         for _, _, e in found:
-            row += [e.errors.counts.get(name), e.errors.gain[name]]
-        rows.append([*row, MEANING.get(name, "all of them left out or not asked for")])
+            row += [e.errors.counts.get(kind), e.errors.gain[kind]]
+        rows.append(row)
     note = paragraph(
         "The kinds of TIDE, of boxes at IoU 0.5 and at all scores. "
         + "; ".join(_total(run.name if several else "", e) for _, run, e in found)
         + ". The gains do not add up: putting one kind right changes what the others cost.",
         "quiet",
     )
-    body = note + panels([chart]) + table("Kinds of errors", [*columns, "meaning"], rows)
+    body = note + beside([panels([chart]), table("Kinds of errors", columns, rows, left=2)])
     if not several:
         body += _by_class(found[0][2])
     return Section("errors", "Kinds of errors", body)

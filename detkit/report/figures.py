@@ -48,7 +48,7 @@ def draw_predictions(
         f"truth: {len(truth)}": draw_boxes(image, truth, names),
         f"predictions, score from {min_score:g}: {len(shown)}": draw_boxes(image, shown, names),
     }
-    return grid([_titled(panel, title) for title, panel in panels.items()], columns=2)
+    return grid([titled(panel, title) for title, panel in panels.items()], columns=2)
 
 
 def draw_boxes(image: Image.Image, rows: Sequence[Record], names: Mapping[int, str]) -> Image.Image:
@@ -170,9 +170,12 @@ def _draw_mask(picture: Image.Image, row: Record, scale: float) -> None:
     picture.paste(color(row["category_id"]), mask=mask)
 
 
-def _titled(picture: Image.Image, title: str) -> Image.Image:
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """The picture under a line of text, which loses its beginning where it is too long."""
     font = _font(picture)
     bar = int(font.size) + 10
+    while len(title) > 4 and font.getlength(title) > picture.width - 8:
+        title = f"…{title[2:]}"
     sheet = Image.new("RGB", (picture.width, picture.height + bar), BACKGROUND)
     ImageDraw.Draw(sheet).text((4, 3), title, fill=INK, font=font)
     sheet.paste(picture, (0, bar))

@@ -95,13 +95,13 @@ def _table(layers: Sequence[Record]) -> str:
     rows: list[list[Cell]] = []
     for layer in layers:
         std = layer["std"] or [None, None]
-        row: list[Cell] = [layer["label"], *layer["mean"], *std]
+        row: list[Cell] = [layer["label"], layer["path"], *layer["mean"], *std]
         if split:
             row += [" + ".join(map(_part, layer["parts"])), layer["macs_ratio"]]
-        rows.append([*row, layer["path"]])
-    columns = ["layer", "d_h", "d_w", "deviation of d_h", "of d_w"]
+        rows.append(row)
+    columns = ["layer", "module", "d_h", "d_w", "deviation of d_h", "of d_w"]
     columns += ["channels · kernel @ dilation", "multiply-adds"] if split else []
-    return table("Layers", [*columns, "module"], rows)
+    return table("Layers", columns, rows, left=2)
 
 
 def _part(part: Record) -> str:

@@ -43,8 +43,10 @@ def _headline(run: Run) -> str:
         known = best[-1]["metrics"]
         keys = [key for key in (*HEADLINE, "top1", "voc07", "voc12") if key in known]
         numbers = {key: known[key] for key in keys or list(known)[:3]}
-    elif run.result is not None and isinstance(run.result.get("fitness"), int | float):
-        numbers = {"best fitness": float(run.result["fitness"])}
+    elif run.candidates:
+        known = [line["fitness"] for line in run.candidates if line["fitness"] is not None]
+        name = f"best {(run.result or {}).get('metric', 'fitness')}"
+        numbers = {name: max(known, default=None)}
     items = "".join(
         f"<li><b>{escape(number(value))}</b><span>{escape(name)}</span></li>"
         for name, value in numbers.items()

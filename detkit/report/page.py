@@ -53,6 +53,11 @@ def panels(figures: Sequence[str]) -> str:
     return f'<div class="panels">{"".join(figures)}</div>' if figures else ""
 
 
+def beside(parts: Sequence[str]) -> str:
+    """Tables and figures of any width in a row, as far as the screen has room."""
+    return f'<div class="beside">{"".join(parts)}</div>'
+
+
 def details(summary: str, body: str) -> str:
     """Markup behind a line that opens it."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"

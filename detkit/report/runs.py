@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detkit.config import Config, to_plain
+from detkit.models.search_space import SearchSpace
 from detkit.report.evaluation import Evaluation
 
 Record = dict[str, Any]
@@ -30,7 +31,8 @@ class Run:
         labels: Path of a layer with a learnt scale to its short name.
         evaluation: Its detections, where it is a detector that could be run.
         candidates: Evaluated networks of a search, in order.
-        result: Result of a search.
+        result: What ``search.json`` holds.
+        space: Of a search.
         notes: What is missing, and why.
     """
 
@@ -46,6 +48,7 @@ class Run:
     evaluation: Evaluation | None = None
     candidates: Sequence[Record] = ()
     result: Record | None = None
+    space: SearchSpace | None = None
     notes: Sequence[str] = ()
 
     def of(self, kind: str) -> list[Record]:

@@ -28,7 +28,8 @@ _VARIABLES = {color.lower(): f"var(--c{i})" for i, color in enumerate(PALETTE)} 
 }
 _COLOR = re.compile(r"(fill|stroke): (#[0-9a-f]{6})")
 _FONT = re.compile(r"font: ([^;\"']*?)([\d.]+px) [^;\"]*")
-_DIGITS = re.compile(r"(\d\.\d\d)\d+")
+_DIGITS = re.compile(r"(\.\d\d)\d+")
+_TAG = re.compile(r"<[^>]*>")
 _ID = re.compile(r' id="([^"]*)"')
 _REFERENCE = re.compile(r'(href="#|url\(#)([^")]+)')
 
@@ -51,7 +52,8 @@ def inline_svg(figure: Figure, key: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = _COLOR.sub(lambda m: f"{m[1]}: {_VARIABLES.get(m[2], m[2])}", svg)
-    svg = _DIGITS.sub(r"\1", _FONT.sub(r"font: \1\2 var(--font)", svg))
+    svg = _FONT.sub(r"font: \1\2 var(--font)", svg)
+    svg = _TAG.sub(lambda tag: _DIGITS.sub(r"\1", tag[0]), svg)  # places, and no text
     svg = re.sub(r">\s+<", "><", _own_ids(svg, key))
     box = re.search(r'viewBox="[^"]*"', svg)
     opening = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(label)}">'

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from detkit.report.charts import Charts, Line, thinned
 from detkit.report.page import Section, panels, paragraph
 from detkit.report.runs import Record, Run
+from detkit.report.tables import table
 
 GROUPS = (
     ("top1",),
@@ -17,6 +19,9 @@ GROUPS = (
     ("voc07", "voc12"),
 )
 """Metrics that share a chart where there is one run."""
+
+SINGLES = ("top1", "AP", "AP50", "AP75", "segm_AP", "segm_AP50", "AR100", "voc07", "voc12")
+"""Metrics that have a chart of their own where there are several."""
 
 
 def training(runs: Sequence[Run], charts: Charts) -> Section | None:
@@ -29,8 +34,28 @@ def training(runs: Sequence[Run], charts: Charts) -> Section | None:
     figures.append(charts.lines("Learning rate", lines, x_label="step"))
     lines = [_line(run.name, n, run.of("train"), "images_per_second") for n, run in trained]
     figures.append(charts.lines("Images per second", lines, x_label="step", y_range=(0, None)))
-    note = "" if any(run.of("eval") for _, run in trained) else "No evaluation yet."
-    return Section("training", "Training", (paragraph(note) if note else "") + panels(figures))
+    body = panels(figures)
+    if not any(run.of("eval") for _, run in trained):
+        body = paragraph("No evaluation yet.") + body
+    elif not _is_curve(trained):
+        body += _last(trained)
+    return Section("training", "Training", body)
+
+
+def _is_curve(trained: Sequence[tuple[int, Run]]) -> bool:
+    return any(len(run.of("eval")) > 1 for _, run in trained)
+
+
+def _last(trained: Sequence[tuple[int, Run]]) -> str:
+    """The one evaluation of each run as a table: there is no curve to draw."""
+    found = [(run, run.of("eval")[-1]) for _, run in trained if run.of("eval")]
+    known = {key for _, line in found for key in line["metrics"]}
+    names = [key for group in GROUPS for key in group if key in known]
+    rows = [
+        [run.name, line["step"], *(line["metrics"].get(name) for name in names)]
+        for run, line in found
+    ]
+    return table("Evaluated while training", ["run", "step", *names], rows)
 
 
 def _line(name: str, style: int, lines: Sequence[Record], key: str) -> Line:
@@ -72,21 +97,29 @@ def _part(run: Run, key: str, name: str, style: int) -> Line:
 
 
 def _validation(trained: Sequence[tuple[int, Run]], charts: Charts) -> list[str]:
+    """Charts of the metrics, over all steps trained."""
+    if not _is_curve(trained):
+        return []
     known = {key for _, run in trained for line in run.of("eval") for key in line["metrics"]}
-    groups = [[key for key in group if key in known] for group in GROUPS]
+    axes: dict[str, Any] = {
+        "x_label": "step",
+        "x_range": (0, max(line["step"] for _, run in trained for line in run.lines)),
+        "y_range": (0, 1),
+    }
     figures = []
-    for group in filter(None, groups):
-        if len(trained) == 1:
-            lines = [_metric(trained[0][1], key, key, style) for style, key in enumerate(group)]
-            title = f"Validation: {', '.join(group)}"
-            figures.append(charts.lines(title, lines, x_label="step", y_range=(0, 1)))
-            continue
-        for key in group[:2] if group[0] in ("AP", "segm_AP") else group[:1]:
-            lines = [_metric(run, key, run.name, n) for n, run in trained]
-            lines = [line for line in lines if len(line.x)]
-            figures.append(
-                charts.lines(f"Validation: {key}", lines, x_label="step", y_range=(0, 1))
-            )
+    if len(trained) == 1:
+        run = trained[0][1]
+        for group in GROUPS:
+            lines = [_metric(run, key, key, n) for n, key in enumerate(group) if key in known]
+            if lines:
+                names = ", ".join(line.name for line in lines)
+                figures.append(charts.lines(f"Validation: {names}", lines, **axes))
+        return figures
+    for key in SINGLES:
+        lines = [_metric(run, key, run.name, n) for n, run in trained]
+        lines = [line for line in lines if len(line.x)]
+        if lines:
+            figures.append(charts.lines(f"Validation: {key}", lines, **axes))
     return figures
 
 
