@@ -1,4 +1,4 @@
-"""`detkit demo`: train, decompose, fine-tune, evaluate on synthetic shapes; tables, a picture."""
+"""`detkit demo`: train, decompose, fine-tune, evaluate on synthetic shapes; tables, a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from detkit.cli.options import Common, Tables, common_options, emit
 @common_options()
 def command(common: Common, steps: int | None) -> None:
     r"""The whole road on synthetic shapes, in five minutes on two CPU cores: pre-train, fine-tune
-    with learnt scales, decompose them, fine-tune the plain net, evaluate it.
+    with learnt scales, decompose them, fine-tune the plain net, evaluate it, write a report.
 
     \b
     Examples:
@@ -28,7 +28,7 @@ def command(common: Common, steps: int | None) -> None:
     if common.dry_run:
         plan = {
             "dry_run": True,
-            "parts": ["pretrain", "finetune", "decompose", "fast", "eval"],
+            "parts": ["pretrain", "finetune", "decompose", "fast", "eval", "report"],
             "out": str(common.out or "runs/demo"),
         }
         emit(common, plan, lambda: click.echo(plan))
@@ -38,11 +38,11 @@ def command(common: Common, steps: int | None) -> None:
 
 
 def _run(common: Common, layers: list[Any]) -> dict[str, Any]:
-    from detkit import api
+    from detkit import demo
     from detkit.cli.progress import TrainProgress
 
     with TrainProgress("demo") as progress:
-        return api.demo(layers, out=common.out, device=common.device, on_step=progress)
+        return demo.demo(layers, out=common.out, device=common.device, on_step=progress)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -65,6 +65,8 @@ def _show(result: dict[str, Any]) -> None:
     rows = [[name, v["AP"], v["AP50"]] for name, v in result["eval"]["per_class"].items()]
     print_table(rows_table("per class", ["class", "AP", "AP50"], rows))
     click.echo(f"picture    {Path(result['picture'])}  (truth left, predictions right)")
+    if result["report"] is not None:
+        click.echo(f"report     {result['report']}  (opens in any browser)")
     click.echo(f"checkpoint {result['fast']['checkpoint']}")
     click.echo(f"took       {result['seconds'] / 60:.1f} minutes")
     click.echo("next: detkit finetune --data YOUR_SET --minutes 30")

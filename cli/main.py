@@ -28,7 +28,7 @@ COMMANDS = {
     "models": "List backbones, detectors and recipes with parameters and MACs.",
     "data": "Check and make data sets.",
     "doctor": "Show what is installed and which operator runs where, and why.",
-    "demo": "Pre-train, fine-tune, decompose and evaluate on synthetic data, in minutes.",
+    "demo": "Pre-train, fine-tune, decompose, evaluate, report on synthetic data, in minutes.",
 }
 _FILES = {"eval": "evaluate"}
 _MEMORY_HINT = "try a smaller --batch-size or data.short_side, or more train.accumulate"

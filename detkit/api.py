@@ -31,6 +31,7 @@ from detkit.data import (
     train_batches,
 )
 from detkit.deploy.fold import fold as fold_norms
+from detkit.deploy.metadata import describe
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
 from detkit.engine.classification import top1
@@ -59,7 +60,6 @@ from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architec
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
 from detkit.nas.cost import cost_table
 from detkit.nas.split import SearchSplit
-from detkit.report.figures import draw_predictions, grid
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
@@ -662,8 +662,8 @@ def export(
         overrides: layers of settings for reading the images; ``data`` only.
 
     Returns:
-        ``{"onnx": file, "bytes": n, "opset": n, "verified": {images, detections, box, score} or
-        None}``.
+        ``{"onnx": file, "bytes": n, "opset": n, "verified": {images, detections, box, score, mask,
+        unmatched} or None}``.
 
     Raises:
         DetkitError: a checkpoint that cannot be exported, a missing package, a difference
@@ -679,7 +679,10 @@ def export(
     prediction.require_detector(loaded.kind, str(checkpoint))
     config = configs.resolve(overrides, loaded.config)
     _data_only(config, loaded.config)
-    content = exporter.to_onnx(loaded.model, loaded.config.data, opset=opset, size=size)
+    entries = describe(loaded.config, loaded.categories)
+    content = exporter.to_onnx(
+        loaded.model, loaded.config.data, opset=opset, size=size, entries=entries
+    )
     result = {"onnx": str(out), "bytes": len(content), "opset": opset, "verified": None}
     if verify:
         result["verified"] = _verify(content, loaded, config, data, split, size)
@@ -788,7 +791,7 @@ def _write_json(path: str | Path, value: Any) -> None:
         raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
 
 
-# -- models and demo
+# -- models
 
 
 def model_table(
@@ -882,68 +885,3 @@ def _detector_rows(
 def _recipe_summary(path: Path) -> str:
     """First comment line of a recipe."""
     return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-
-
-def demo(
-    layers: Iterable[Mapping[str, Any]] = (),
-    *,
-    out: str | Path | None = None,
-    device: str = "auto",
-    on_step: Callable[[StepInfo], None] | None = None,
-) -> dict[str, Any]:
-    """All of the road on synthetic shapes: pre-train, fine-tune with learnt scales, decompose,
-    fine-tune the plain net, evaluate, draw predictions beside the truth.
-
-    Args:
-        layers: settings on top of the demo's recipes.
-        out: folder for the runs and the picture; by default a new one under ``runs/demo``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
-        on_step: called after each training step.
-
-    Returns:
-        ``{"pretrain", "finetune", "fast"}`` as :func:`train` gives them, ``"decompose"`` as
-        :func:`detkit.pod.decompose` does, ``"eval"`` as :func:`evaluate` does, ``"picture"`` and
-        ``"seconds"``.
-    """
-    begun = time.monotonic()
-    layers = list(layers)
-    folder = Path(out) if out else Path("runs/demo") / time.strftime("%Y%m%d-%H%M%S")
-    result: dict[str, Any] = {}
-    first: str | None = None
-    for part in ("pretrain", "finetune", "fast"):
-        command = "pretrain" if part == "pretrain" else "finetune"
-        if part == "fast":
-            result["decompose"] = pod.decompose(str(first), folder / "fd.pth")
-            first = result["decompose"]["output"]
-        config = resolve_config(command, layers, recipe=f"demo/{part}", init_from=first)
-        result[part] = train(
-            command, config, out=folder / part, device=device, init_from=first, on_step=on_step
-        )
-        first = result[part]["checkpoint"]
-    checkpoint = result["fast"]["checkpoint"]
-    detections = folder / "detections.json"
-    result["eval"] = evaluate(checkpoint, device=device, save_detections=detections)
-    result["picture"] = str(_draw(checkpoint, detections, folder / "predictions.png"))
-    return result | {"seconds": time.monotonic() - begun}
-
-
-def _draw(checkpoint: str, detections: Path, target: Path, images: int = 4) -> Path:
-    """Truth and predictions of a few validation images, the ones with the most objects."""
-    stored = checkpoints.load(checkpoint)
-    config = configs.from_plain(stored["config"])
-    dataset = open_detection(config.data.path, config.data.val_split, config.data)
-    truth = dataset.truth()
-    rows = json.loads(detections.read_text(encoding="utf-8"))
-    names = {c["id"]: c["name"] for c in truth["categories"]}
-    objects: dict[Any, list[dict[str, Any]]] = {i: [] for i in dataset.image_ids}
-    for annotation in truth["annotations"]:
-        annotation.pop("segmentation", None)  # boxes beside boxes: masks would tint one side only
-        objects[annotation["image_id"]].append(annotation)
-    chosen = sorted(range(len(dataset)), key=lambda i: -len(objects[dataset.image_ids[i]]))[:images]
-    pictures = []
-    for index in chosen:
-        image_id = dataset.image_ids[index]
-        found = [row for row in rows if row["image_id"] == image_id]
-        pictures.append(draw_predictions(dataset.image(index), found, objects[image_id], names))
-    grid(pictures).save(target)
-    return target

@@ -300,7 +300,7 @@ def test_exploding_training_is_exit_6_and_names_the_images(
     assert ".png" in answer["error"]
 
 
-def test_demo_ends_with_scores_and_a_picture(
+def test_demo_ends_with_scores_a_picture_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -310,6 +310,9 @@ def test_demo_ends_with_scores_and_a_picture(
     assert result["fast"]["metrics"]["AP"] == pytest.approx(result["eval"]["bbox"]["AP"])
     assert len(result["decompose"]["layers"]) == 12
     assert Path(result["picture"]).stat().st_size > 10_000
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    for section in ("training", "accuracy", "errors", "scales", "pictures"):
+        assert f'<section id="{section}"' in page
 
 
 def test_models_lists_the_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,6 +350,8 @@ def test_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
         arguments = shlex.split(line)[1:]
         if arguments[0] in ("demo", "pretrain", "finetune"):
             arguments += ["--steps", "1"]  # their length is the only thing changed
+        if "supernet" in line:
+            arguments += ["--set", "nas.eval_calibration=1", "--set", "nas.eval_paths=1"]
         if arguments[0] == "search" and "--export" not in arguments:
             short = {"population": 2, "generations": 1, "calibration_steps": 1}
             arguments += [f"--set=search.{key}={value}" for key, value in short.items()]
