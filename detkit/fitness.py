@@ -28,6 +28,7 @@ from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.classification import top1
 from detkit.engine.evaluate import Scorer, detect_dataset
 from detkit.engine.run import RunFolder
+from detkit.engine.summary import NUMBERS
 from detkit.errors import CheckpointError, ConfigError, DataError
 from detkit.loading import PIXELS, check_supernet, restore, search_split_of
 from detkit.models.search_space import Genes, SearchSpace
@@ -101,7 +102,7 @@ def open_supernet(
     _check_stage(stored, config.search, str(path))
     space = SearchSpace.from_plain(stored["space"])
     classes = config.search.fitness == "classification"
-    metric = "top1" if classes else config.eval.metric
+    metric = "top1" if classes else _known_metric(config)
     training: AnyDataset
     images: AnyDataset
     if classes:
@@ -111,6 +112,17 @@ def open_supernet(
     for dataset in (training, images):
         _same_names(stored, dataset)
     return Opened(str(path), stored, config, space, training, images, metric)
+
+
+def _known_metric(config: Config) -> str:
+    metric, masks = config.eval.metric, config.model.detector in WITH_MASKS
+    known = (*NUMBERS, *_VOC, *((f"segm_{name}" for name in NUMBERS) if masks else ()))
+    if metric not in known:
+        raise ConfigError(
+            f"eval.metric: must be one of {', '.join(known)}, got {metric!r}"
+            f"{configs.suggest(metric, known)}"
+        )
+    return metric
 
 
 def _accept(file: str) -> Checkpoint:

@@ -350,6 +350,8 @@ def test_readme_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.Monk
         arguments = shlex.split(line)[1:]
         if arguments[0] in ("demo", "pretrain", "finetune"):
             arguments += ["--steps", "1"]  # their length is the only thing changed
+        if "supernet" in line:
+            arguments += ["--set", "nas.eval_calibration=1", "--set", "nas.eval_paths=1"]
         if arguments[0] == "search" and "--export" not in arguments:
             short = {"population": 2, "generations": 1, "calibration_steps": 1}
             arguments += [f"--set=search.{key}={value}" for key, value in short.items()]

@@ -27,7 +27,7 @@ from detkit.models.backbones.shuffle_supernet import ShuffleSupernet
 from detkit.models.classifier import Classifier
 from detkit.models.search_space import SPACES, Genes, SearchSpace
 from detkit.nas.calibrate import calibrate, statistics
-from detkit.nas.candidates import Candidate, Evaluator, Journal, SearchResult, within
+from detkit.nas.candidates import Candidate, Dropped, Evaluator, Journal, SearchResult, within
 from detkit.nas.cost import cost_table
 from detkit.nas.evolution import EvaluateAll, EvolutionSettings, cross, evolve, mutate
 from detkit.nas.paths import MacsBinPaths, UniformPaths, path_sampler, random_genes
@@ -395,3 +395,51 @@ def test_wrong_settings(change: dict[str, int], message: str) -> None:
         EvolutionSettings(**change)
     with pytest.raises(ConfigError, match="must be positive, got 0, 50"):
         random_search(TINY, 0, lambda n, genes: [], lambda genes: True)
+
+
+def test_what_broke_off_is_tried_again_a_few_times(tmp_path: Path) -> None:
+    tries: Counter[Genes] = Counter()
+
+    def shaky(genes: Genes) -> dict[str, float]:
+        tries[genes] += 1
+        if genes[0] == 0 and tries[genes] < 3:
+            raise RuntimeError("a passing trouble")
+        if genes[0] == 1:
+            raise RuntimeError("a lasting one")
+        if genes[0] == 2:
+            raise NonFiniteError("its own fault")
+        return {"AP": 1.0}
+
+    networks = [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0)]
+    journal = Journal(tmp_path / "c.jsonl")
+    evaluate = Evaluator(
+        FEW, shaky, "AP", journal, lambda genes: {"macs": 7}, LocalQueue(), retries=2
+    )
+    found = evaluate(0, networks)
+    assert [c.fitness for c in found] == [1.0, -math.inf, -math.inf, 1.0]
+    assert [tries[genes] for genes in networks] == [3, 3, 1, 1]
+    assert [bool(c.error) for c in found] == [False, True, True, False]
+    assert found[0].metrics == {"AP": 1.0} and found[0].costs == {"macs": 7}
+
+
+def test_a_dropped_network_is_neither_a_parent_nor_a_failure(tmp_path: Path) -> None:
+    def hopeless(genes: Genes) -> dict[str, float]:
+        if genes[0]:
+            raise Dropped({"early": 0.1})
+        return {"AP": 0.5, "early": 0.4}
+
+    told: list[Mapping[str, object]] = []
+    evaluate = Evaluator(
+        FEW,
+        hopeless,
+        "AP",
+        Journal(tmp_path / "c.jsonl"),
+        lambda genes: {},
+        LocalQueue(),
+        on_line=told.append,
+    )
+    found = evaluate(0, [(0, 0, 0), (1, 0, 0)])
+    assert SearchResult(tuple(found)).top(2) == [found[0]]
+    assert found[1].fitness == -math.inf and not found[1].error
+    assert found[1].metrics == {"early": 0.1}
+    assert [line.get("dropped", False) for line in told] == [False, True]

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -62,13 +63,25 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
+        _join("cpu:gloo,cuda:nccl")
     else:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        _join("gloo")
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Meet the other processes, those of this start only.
+
+    Where torchrun starts a group anew after one of its processes died, the store of the first
+    start serves again, with the addresses of processes that are gone.
+    """
+    store, rank_, world = next(rendezvous("env://", timeout=_TIMEOUT))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = PrefixStore(f"start-{start}", store)
+    dist.init_process_group(backend, store=own, rank=rank_, world_size=world, timeout=_TIMEOUT)
 
 
 def leave(code: int) -> NoReturn:
