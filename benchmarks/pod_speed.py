@@ -94,6 +94,7 @@ def layer_calls(layer: Layer) -> tuple[dict[str, Call], dict[str, Call]]:
     weight = conv.weight.detach()
     forward: dict[str, Call] = {
         "plain": lambda: F.conv2d(x, weight, None, stride, 2, 2),
+        "F.conv2d, d=1": lambda: F.conv2d(x, weight, None, stride, 1, 1),
         "scaled_conv2d": lambda: ops.scaled_conv2d(x, weight, sampled, None, stride),
         "scaled_conv2d, d<1": lambda: ops.scaled_conv2d(x, weight, small, None, stride),
         "frozen d<1": lambda: frozen(x),
@@ -261,6 +262,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="time per group of contestants")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
+    if not _library.BUILD_INFO:
+        parser.error("the compiled operators must be built; run `make build`")
     facts = hardware()
     rows = [row for n in options.threads.split(",") for row in rows_of(int(n), options.seconds)]
     facts["load_after"] = os.getloadavg()[0]

@@ -514,7 +514,7 @@ def export_run(folder: Path, data: Path, split: str, name: str) -> Exported:
     """Export the detector of ``exported(name)`` from a checkpoint, without tracing it again."""
     model, config, content = exported(name)
     config = replace(config, data=replace(config.data, path=str(data), workers=0))
-    run = folder / "runs/finetune/one"
+    run = folder / "runs/finetune/20260101-120000-one"
     run.mkdir(parents=True)
     (run / "config.toml").touch()  # makes it a run
     payload = {
@@ -577,7 +577,7 @@ def test_a_difference_writes_nothing(
     assert run(line) == 0
     assert json.loads(capsys.readouterr().out)["verified"]["images"] == 1
     assert run(["export", "--set", "box.score_threshold=0.5"]) == 2
-    monkeypatch.setattr("detkit.deploy.verify.BOX_TOLERANCE", 1e-12)
+    monkeypatch.setattr("detkit.deploy.verify.SCORE_TOLERANCE", 1e-12)
     assert run(line) == 4
     assert cells.onnx.read_bytes() == before
     assert [path.name for path in cells.folder.iterdir() if "onnx" in path.name] == [
