@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -58,6 +59,15 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"unknown command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a pipe whose reader has gone ends it, and is no error."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # here, since click's own answer is exit code 1
+            # What is left in the buffer would fail again on leaving.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One line per command, from the table above."""
         with formatter.section("Commands"):
@@ -101,9 +111,6 @@ def run(arguments: list[str]) -> int:
         return _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`", 2, arguments)
     except DetkitError as error:
         return _fail(str(error), error.exit_code, arguments)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader (`| head`) has what it wants
-        return 0
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; free some space and run again" if full else ""

@@ -18,10 +18,9 @@ def command(common: Common, size: str | None) -> None:
     r"""List backbones, detectors and recipes with parameters and MACs.
 
     Backbones are counted as classifiers of 1000 classes at 224x224; --size adds whole detectors
-    (80 classes) on every
-    backbone, or on --backbone alone. One multiply-add is one MAC; convolutions and linear layers
-    count. Supernets have a range: stem and blocks of their lightest and heaviest network, without a
-    classifier's last layers, as `detkit search` limits them.
+    (80 classes) on every backbone, or on --backbone alone. One multiply-add is one MAC;
+    convolutions and linear layers count. Supernets have a range: stem and blocks of their lightest
+    and heaviest network, without a classifier's last layers, as `detkit search` limits them.
 
     \b
     Examples:
@@ -38,30 +37,42 @@ def command(common: Common, size: str | None) -> None:
 
 
 def _show(table: dict[str, Any], size: str | None) -> None:
-    from detkit.cli.tables import print_table, rows_table
+    from detkit.cli.tables import amount, print_table, slim_table
 
     rows = [
-        [b["name"], b["params"], b["macs_224"], ", ".join(map(_stage, b["stages"]))]
+        [b["name"], amount(b["params"]), amount(b["macs_224"]), " ".join(map(_stage, b["stages"]))]
         for b in table["backbones"]
     ]
-    columns = ["name", "params", "MACs at 224", "stages (channels/stride)"]
-    print_table(rows_table("backbones", columns, rows))
+    columns = ["name", "params", "MACs", "channels/stride of its stages"]
+    print_table(slim_table("backbones, as classifiers at 224x224", columns, rows))
     rows = [
-        [s["name"], f"{s['choices']}^{s['positions']}", s["params"], *s["body_macs_224"]]
+        [
+            s["name"],
+            amount(s["params"]),
+            f"{s['choices']}^{s['positions']} networks, bodies of "
+            + " to ".join(f"{amount(macs)}MACs" for macs in s["body_macs_224"]),
+        ]
         for s in table["supernets"]
     ]
-    columns = ["name", "networks", "params", "least body MACs", "most"]
-    print_table(rows_table("supernets", columns, rows))
+    if rows:
+        click.echo()
+        print_table(slim_table("supernets", ["name", "params", "holds"], rows))
+    click.echo()
     if size:
-        rows = [[d["name"], d["backbone"], d["params"], d["macs"]] for d in table["detectors"]]
+        rows = [
+            [d["name"], amount(d["params"]), amount(d["macs"]), d["backbone"]]
+            for d in table["detectors"]
+        ]
         print_table(
-            rows_table("detectors", ["name", "backbone", "params", f"MACs at {size}"], rows)
+            slim_table(f"detectors at {size}", ["name", "params", "MACs", "backbone"], rows)
         )
     else:
-        print_table(rows_table("detectors", ["name"], [[d["name"]] for d in table["detectors"]]))
+        names = ", ".join(d["name"] for d in table["detectors"])
+        print_table(slim_table("detectors", ["name"], [[names]]))
+    click.echo()
     rows = [[r["name"], r["summary"]] for r in table["recipes"]]
-    print_table(rows_table("recipes", ["name", "summary"], rows))
+    print_table(slim_table("recipes", ["name", "summary"], rows))
 
 
 def _stage(stage: dict[str, Any]) -> str:
-    return f"{stage['name']} {stage['channels']}/{stage['stride']}"
+    return f"{stage['channels']}/{stage['stride']}"

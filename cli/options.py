@@ -49,6 +49,21 @@ class Common:
         return layers
 
 
+def _recipes(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    return [name for name in configs.recipes() if name.startswith(begun)]
+
+
+def _settings(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    keys = (
+        f"{t}.{key}=" for t, table in configs.to_plain(configs.Config()).items() for key in table
+    )
+    return [key for key in keys if key.startswith(begun)]
+
+
+def _detectors(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    return [name for name in configs.UNUSED if name.startswith(begun)]
+
+
 _COMMON = (
     click.option(
         "--json", "as_json", is_flag=True, help="One JSON object on stdout, logs on stderr."
@@ -59,13 +74,20 @@ _COMMON = (
     ),
     click.option("--out", type=click.Path(path_type=Path), help="Folder for the results."),
     click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable."
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        shell_complete=_settings,
+        help="One setting; repeatable.",
     ),
     click.option(
         "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of settings."
     ),
     click.option(
-        "--recipe", help="Settings that detkit ships (`detkit models` lists them), or a .toml file."
+        "--recipe",
+        shell_complete=_recipes,
+        help="Settings that detkit ships (`detkit models` lists them), or a .toml file.",
     ),
     click.option("--dry-run", is_flag=True, help="Show what would run and stop."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
@@ -73,7 +95,11 @@ _COMMON = (
 
 # flag -> (config table, key, click's arguments): the only flags beside --set that write settings
 _SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "--detector": ("model", "detector", {"help": "Detector; `detkit models` lists them."}),
+    "--detector": (
+        "model",
+        "detector",
+        {"help": "Detector; `detkit models` lists them.", "shell_complete": _detectors},
+    ),
     "--backbone": ("model", "backbone", {"help": "Backbone; `detkit models` lists them."}),
     "--scales": (
         "model",

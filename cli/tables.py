@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,11 @@ def print_table(table: Table) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(table)
+    with console.capture() as text:
+        console.print(table)
+    # Written here, since rich ends the process with code 1 where the reader of a pipe has gone.
+    sys.stdout.write(text.get())
+    sys.stdout.flush()
 
 
 def rows_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
@@ -25,6 +30,26 @@ def rows_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     for row in rows:
         table.add_row(*(number(value) for value in row))
     return table
+
+
+def slim_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table without lines, for many columns in 80; the first is whole, the last wraps."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    last = len(columns) - 1
+    for i, column in enumerate(columns):
+        justify: Literal["left", "right"] = "left" if i in (0, last) else "right"
+        table.add_column(column, justify=justify, no_wrap=i < last)
+    for row in rows:
+        table.add_row(*(number(value) for value in row))
+    return table
+
+
+def amount(value: float) -> str:
+    """``25.6 M``, ``4.09 G``: three digits and a unit."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
 
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:

@@ -93,14 +93,14 @@ def _why(op: str, backend: str, library: ModuleType, torch: ModuleType) -> str:
 def _advice(result: dict[str, Any], torch_error: str, library: ModuleType | None) -> list[str]:
     advice = []
     if result["torch"] is None:
-        advice.append(f"torch does not import ({torch_error}): install torch >= 2.11")
+        advice.append(f"torch does not import ({torch_error}); install torch >= 2.11")
     elif library is None:
         advice.append(result["extension"]["error"])
     elif library.MODE == "auto" and not library.BUILD_INFO:
-        advice.append(f"build the operators: {library.BUILD_COMMAND}")
+        advice.append(f"the operators are not built and run slowly; {library.BUILD_COMMAND}")
     elif library.BUILD_INFO and result["torch"]["devices"] and not library.BUILD_INFO["cuda"]:
         advice.append(
-            "build the CUDA operators where nvcc and a CUDA torch are installed: "
-            f"DETKIT_CUDA=1 {library.BUILD_COMMAND}"
+            "the operators run on the CPU kernels alone, and there is a GPU; where nvcc and a CUDA "
+            f"torch are installed, DETKIT_CUDA=1 {library.BUILD_COMMAND}"
         )
     return advice
