@@ -73,7 +73,8 @@ def _show(result: dict[str, Any]) -> None:
     click.echo(f"{result['onnx']}: {result['bytes'] / 1e6:.1f} MB, opset {result['opset']}")
     found = result["verified"]
     if found:
+        masks = f", {found['mask']:.1e} in masks" if found["mask"] else ""
         click.echo(
             f"verified on {found['images']} images, {found['detections']} detections: within "
-            f"{found['box']:.1e} pixels and {found['score']:.1e} in scores"
+            f"{found['box']:.1e} pixels, {found['score']:.1e} in scores{masks}"
         )

@@ -31,6 +31,7 @@ from detkit.data import (
     train_batches,
 )
 from detkit.deploy.fold import fold as fold_norms
+from detkit.deploy.metadata import describe
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
 from detkit.engine.classification import top1
@@ -661,8 +662,8 @@ def export(
         overrides: layers of settings for reading the images; ``data`` only.
 
     Returns:
-        ``{"onnx": file, "bytes": n, "opset": n, "verified": {images, detections, box, score} or
-        None}``.
+        ``{"onnx": file, "bytes": n, "opset": n, "verified": {images, detections, box, score, mask,
+        unmatched} or None}``.
 
     Raises:
         DetkitError: a checkpoint that cannot be exported, a missing package, a difference
@@ -678,7 +679,10 @@ def export(
     prediction.require_detector(loaded.kind, str(checkpoint))
     config = configs.resolve(overrides, loaded.config)
     _data_only(config, loaded.config)
-    content = exporter.to_onnx(loaded.model, loaded.config.data, opset=opset, size=size)
+    entries = describe(loaded.config, loaded.categories)
+    content = exporter.to_onnx(
+        loaded.model, loaded.config.data, opset=opset, size=size, entries=entries
+    )
     result = {"onnx": str(out), "bytes": len(content), "opset": opset, "verified": None}
     if verify:
         result["verified"] = _verify(content, loaded, config, data, split, size)

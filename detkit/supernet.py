@@ -174,8 +174,8 @@ def evaluator(
     """What evaluates a supernet: the mean metrics of a few fixed paths, each with its own norms.
 
     A path's statistics are averaged over the first ``nas.eval_calibration`` training batches, with
-    augmentation, of one process's size; statistics of the supernet itself mix all paths and would
-    tell nothing. None where ``nas.eval_paths`` is 0.
+    augmentation, of one process's size; those of the supernet itself mix all paths. None
+    where ``nas.eval_paths`` is 0.
 
     Args:
         command: ``pretrain`` or ``finetune``.

@@ -916,3 +916,28 @@ def test_direct_calls_are_checked_too() -> None:
     ):
         with pytest.raises(RuntimeError):
             call()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("scale", [(2.3, 1.6), (2.0, 3.0), (9.4, 0.7)])
+def test_cutting_the_work_changes_no_bit(stride: int, scale: tuple[float, float]) -> None:
+    """More pixels, channels and outputs than are treated at once; threads cut them differently."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 40, 25, 42), torch.randn(33, 40, 3, 3), torch.randn(33)
+    scales, threads = torch.tensor([scale]), torch.get_num_threads()
+    parts, dilations = [weight[:11], weight[11:]], [(1, 2), (2, 2)]
+    sampled, split = [], []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            sampled.append(ops.scaled_conv2d(x, weight, scales, bias, stride))
+            split.append(ops.split_conv2d(x, parts, bias, dilations, stride))
+    finally:
+        torch.set_num_threads(threads)
+    wide = [t.double() for t in (x, weight, scales, bias)]
+    expected = ops.scaled_conv2d(*wide, stride)
+    torch.testing.assert_close(sampled[0].double(), expected, rtol=0, atol=1e-4)
+    expected = ops.split_conv2d(wide[0], [p.double() for p in parts], wide[3], dilations, stride)
+    torch.testing.assert_close(split[0].double(), expected, rtol=0, atol=1e-4)
+    for results in (sampled, split):
+        assert all(torch.equal(results[0], other) for other in results)

@@ -22,6 +22,7 @@ SMALL = [
     *("--set", "data.short_side=96", "--set", "data.long_side=128", "--set", "data.multi_scale=[]"),
     *("--set", "data.workers=0", "--batch-size", "2"),
 ]
+ROOT = Path(__file__).parents[1]
 DETECTED = ["accuracy", "precision", "iou-area", "confusion", "errors"]
 
 
@@ -163,6 +164,25 @@ def test_without_matplotlib_it_says_what_to_install(
     capsys.readouterr()
     assert run(["report", "plain", "--json"]) == 2
     assert "pip install detkit[plots]" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_the_examples_of_the_docs_run_as_written(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^detkit (report.*?)\s*(?:#.*)?$", text, re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        assert run(line.split()) == 0, line
+    assert checked(Path("both.html").read_text())
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    capsys.readouterr()
+    exec(compile(example, "docs/report.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("page.html ")
+    titles = set(re.findall(r"^\| ([A-Z][^|]*?) \|", text, re.MULTILINE))
+    page = Path("both.html").read_text()
+    shown = set(re.findall(r'<h2 id="[^"]+"><a href="[^"]+">([^<]+)</a>', page))
+    assert titles == shown - {"Overview"} | {"Search"}
 
 
 def searched(folder: Path, method: str, generations: int = 3) -> Path:

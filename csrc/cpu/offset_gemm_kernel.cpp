@@ -29,6 +29,7 @@ struct Isa {
   static void store(float* to, Vec value) { _mm512_storeu_ps(to, value); }
   static void store(float* to, Vec value, Mask mask) { _mm512_mask_storeu_ps(to, mask, value); }
   static Vec plus(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec times(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Mask first(int64_t count) { return static_cast<Mask>((1u << count) - 1); }
 };
@@ -54,6 +55,7 @@ struct Isa {
   static void store(float* to, Vec value) { _mm256_storeu_ps(to, value); }
   static void store(float* to, Vec value, Mask mask) { _mm256_maskstore_ps(to, mask, value); }
   static Vec plus(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec times(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Mask first(int64_t count) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -69,16 +71,17 @@ struct Isa {
 const OffsetGemm* offset_gemms() {
   static const bool wide = __builtin_cpu_supports("avx512f");
   static const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  static const OffsetGemm both[] = {{3 * avx512::Isa::kLanes, 288, avx512::multiply},
-                                    {3 * avx2::Isa::kLanes, 72, avx2::multiply},
-                                    {0, 0, nullptr}};
+  static const OffsetGemm both[] = {
+      {avx512::Isa::kRows, 3 * avx512::Isa::kLanes, 288, avx512::multiply, avx512::blend},
+      {avx2::Isa::kRows, 3 * avx2::Isa::kLanes, 72, avx2::multiply, avx2::blend},
+      {0, 0, 0, nullptr, nullptr}};
   return both + (wide ? 0 : narrow ? 1 : 2);
 }
 
 #else
 
 const OffsetGemm* offset_gemms() {
-  static const OffsetGemm none = {0, 0, nullptr};
+  static const OffsetGemm none = {0, 0, 0, nullptr, nullptr};
   return &none;
 }
 

@@ -23,9 +23,12 @@ struct OffsetProduct {
 
 // What is fastest to multiply at once, none where this processor has no kernel.
 struct OffsetGemm {
-  int64_t cols;   // a product should have a multiple of these
-  int64_t depth;  // and about this depth at once
+  int64_t rows, cols;  // what is held in registers: products should have multiples of these
+  int64_t depth;       // and about this depth at once
   void (*multiply)(const OffsetProduct&);
+  // to[i] = a[i] * a_weight, plus b[i] * b_weight unless b is null.
+  void (*blend)(const float* a, float a_weight, const float* b, float b_weight, int64_t size,
+                float* to);
 };
 
 // The kernels that run here, best first, ended by one of 0 columns.

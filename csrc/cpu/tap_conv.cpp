@@ -346,30 +346,83 @@ struct BlockedForward : Road<float> {
       end = (ceil_div(last, shape.out_width) + span) * shape.out_width;
     }
     for (int64_t c = c0; c < c1; ++c, to += maps * map_size) {
-      sample_plane<float>(where, input + plane(n, group, c), begin, end, to, map_size, line);
+      if (shape.stride_w == 1) {
+        sample_rows(where, input + plane(n, group, c), begin, end, to, line);
+      } else {
+        sample_plane<float>(where, input + plane(n, group, c), begin, end, to, map_size, line);
+      }
     }
     return to - (c1 - c0) * maps * map_size + (first - begin);
   }
 
-  // A block of columns at a time, over the tap rows that reach into the map from some row of it.
-  void multiply(OffsetProduct product, const Tables& tables, int64_t n, int64_t first,
+  // sample_plane for a column stride of 1, with this processor's vectors.
+  void sample_rows(const TapGrid<float>& where, const float* plane, int64_t first, int64_t last,
+                   float* to, float* line) const {
+    const Border edge = border(where);
+    const int64_t width = where.width;
+    std::fill(line, line + edge.width(width), 0.0f);
+    float* middle = line + edge.before;
+    for (int64_t p = first / where.out_width; p * where.out_width < last; ++p) {
+      const int64_t begin = p * where.out_width, q0 = std::max(first - begin, int64_t(0));
+      const int64_t size = std::min(last - begin, where.out_width) - q0;
+      float* out = to + begin + q0 - first;
+      for (int64_t i = 0; i < where.kernel_h; ++i) {
+        const auto row = [&](int64_t offset) {
+          const int64_t h = p * where.stride_h + offset;
+          return h >= 0 && h < where.height ? plane + h * width : nullptr;
+        };
+        const Tap<float>& tap = where.rows[i];
+        const bool any = blend(tap, row(tap.near), row(tap.far), width, middle);
+        for (int64_t j = 0; j < where.kernel_w; ++j, out += map_size) {
+          const auto shifted = [&](int64_t offset) {
+            const bool some = any && present(offset, width, where.out_width, 1);
+            return some ? middle + q0 + offset : nullptr;
+          };
+          const Tap<float>& col = where.cols[j];
+          if (!blend(col, shifted(col.near), shifted(col.far), size, out)) {
+            std::fill(out, out + size, 0.0f);
+          }
+        }
+      }
+    }
+  }
+
+  // What the tap sees between two rows or columns, null where they lie outside the map; false and
+  // nothing where both do.
+  bool blend(const Tap<float>& tap, const float* near, const float* far, int64_t size,
+             float* to) const {
+    if (tap.far_weight == 0) far = nullptr;
+    if (near != nullptr) {
+      gemm.blend(near, tap.near_weight, far, tap.far_weight, size, to);
+    } else if (far != nullptr) {
+      gemm.blend(far, tap.far_weight, nullptr, 0, size, to);
+    }
+    return near != nullptr || far != nullptr;
+  }
+
+  // A few rows of the output after the other, so that their weights stay in the first cache while
+  // the sampled block streams past; over the tap rows that reach into the map from some pixel.
+  void multiply(const OffsetProduct& all, const Tables& tables, int64_t n, int64_t first,
                 int64_t last) const {
     const int64_t row_terms = static_cast<int64_t>(tables.a.size()) / shape.kernel_h;
-    const float *b = product.b, *bias = product.bias;
-    float* out = product.out;
-    for (int64_t at = first; at < last; at += gemm.cols) {
-      product.cols = std::min(gemm.cols, last - at);
-      const int64_t p0 = at / shape.out_width, p1 = (at + product.cols - 1) / shape.out_width;
-      int64_t i0 = 0, i1 = shape.kernel_h;
-      while (i0 < i1 && outside(n, i0, p0, p1)) ++i0;
-      while (i0 < i1 && outside(n, i1 - 1, p0, p1)) --i1;
-      product.a_at = tables.a.data() + i0 * row_terms;
-      product.b_at = tables.b.data() + i0 * row_terms;
-      product.depth = (i1 - i0) * row_terms;
-      product.b = b + (at - first);
-      product.out = out + (at - first);
-      product.bias = bias;
-      gemm.multiply(product);
+    for (int64_t r = 0; r < all.rows; r += gemm.rows) {
+      OffsetProduct product = all;
+      product.rows = std::min(gemm.rows, all.rows - r);
+      product.a = all.a + r * all.a_row;
+      product.bias = all.bias == nullptr ? nullptr : all.bias + r;
+      for (int64_t at = first; at < last; at += gemm.cols) {
+        product.cols = std::min(gemm.cols, last - at);
+        const int64_t p0 = at / shape.out_width, p1 = (at + product.cols - 1) / shape.out_width;
+        int64_t i0 = 0, i1 = shape.kernel_h;
+        while (i0 < i1 && outside(n, i0, p0, p1)) ++i0;
+        while (i0 < i1 && outside(n, i1 - 1, p0, p1)) --i1;
+        product.a_at = tables.a.data() + i0 * row_terms;
+        product.b_at = tables.b.data() + i0 * row_terms;
+        product.depth = (i1 - i0) * row_terms;
+        product.b = all.b + (at - first);
+        product.out = all.out + r * all.out_row + (at - first);
+        gemm.multiply(product);
+      }
     }
   }
 

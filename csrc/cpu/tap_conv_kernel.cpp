@@ -21,11 +21,6 @@ DETKIT_INLINE void clear(A* to, int64_t size) {
   for (int64_t t = 0; t < size; ++t) to[t] = A(0);
 }
 
-// Whether some output of the axis can read the map at this offset.
-DETKIT_INLINE bool present(int64_t offset, int64_t length, int64_t outputs, int64_t stride) {
-  return offset < length && (outputs - 1) * stride + offset >= 0;
-}
-
 // line = the row that tap `rows` sees at output row p; false where it lies outside the map.
 template <typename T, typename A>
 DETKIT_INLINE bool blend_rows(const TapGrid<A>& grid, const Tap<A>& tap, const T* plane, int64_t p,

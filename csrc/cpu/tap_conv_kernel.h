@@ -30,6 +30,11 @@ struct Border {
 template <typename T>
 Border border(const TapGrid<T>& grid);
 
+// Whether some output of an axis can read the map at this offset.
+inline bool present(int64_t offset, int64_t length, int64_t outputs, int64_t stride) {
+  return offset < length && (outputs - 1) * stride + offset >= 0;
+}
+
 // Samples outputs [first, last) (row-major) of one plane: tap (i, j) goes to
 // columns[(i * kernel_w + j) * row_stride + output - first].
 // `line` is scratch of border(grid).width(width) elements.

@@ -367,6 +367,24 @@ TEST(offset_products_equal_loops) {
   }
 }
 
+TEST(blends_equal_loops) {
+  for (const detkit::cpu::OffsetGemm* gemm = detkit::cpu::offset_gemms(); gemm->cols > 0; ++gemm) {
+    for (int64_t size = 1; size < 40; ++size) {
+      const auto a_values = random_values(size, 1), b_values = random_values(size, 2);
+      const std::vector<float> a(a_values.begin(), a_values.end()),
+          b(b_values.begin(), b_values.end());
+      std::vector<float> both(size + 1, 7.0f), one(size + 1, 7.0f);
+      gemm->blend(a.data(), 0.25f, b.data(), 0.75f, size, both.data());
+      gemm->blend(a.data(), 0.25f, nullptr, 0, size, one.data());
+      for (int64_t t = 0; t < size; ++t) {
+        CHECK_NEAR(both[t], 0.25 * a[t] + 0.75 * b[t], 1e-6);
+        CHECK(one[t] == 0.25f * a[t]);
+      }
+      CHECK(both[size] == 7.0f && one[size] == 7.0f);
+    }
+  }
+}
+
 TEST(bfloat16_rounds_to_nearest_even) {
   using detkit::BFloat16;
   const auto round_trip = [](float v) { return load(detkit::store<BFloat16>(v)); };

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detkit.config import BoxConfig, DataConfig
+from detkit.deploy.adaptive import mean_of_samples
 from detkit.deploy.onnx_ops import LOWEST, nms_mask, roi_align
 from detkit.errors import ConfigError
 from detkit.models.detector import OneStageDetector, TwoStageDetector, image_size
 from detkit.models.heads.box import BoxHead
+from detkit.models.heads.mask import MaskHead
 from detkit.models.heads.ps_roi import PsAlign, PsCells
 from detkit.models.heads.retina import RetinaHead
 from detkit.models.heads.roi import Align, RoiPool, RoiPooler
@@ -38,6 +40,9 @@ class DenseDetector(nn.Module):
 
     Raises:
         ConfigError: The detector has a part that cannot be written this way.
+
+    Attributes:
+        outputs: Names of what :meth:`forward` returns.
     """
 
     offset: Tensor
@@ -50,13 +55,16 @@ class DenseDetector(nn.Module):
         if isinstance(detector, TwoStageDetector):
             _check_two_stage(detector)
         self.detector = detector
+        self.outputs = ["boxes", "labels", "scores", "count"]
+        if isinstance(detector, TwoStageDetector) and detector.mask_head is not None:
+            self.outputs.append("masks")
         self.multiple = data.pad_multiple
         self.bgr = data.channels == "bgr"
         mean, std = (torch.tensor(v).mul(255).view(3, 1, 1) for v in (data.mean, data.std))
         self.register_buffer("offset", mean)
         self.register_buffer("factor", std.reciprocal())
 
-    def forward(self, images: Tensor, sizes: Tensor) -> Found:
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """Detections, best first.
 
         Args:
@@ -65,15 +73,17 @@ class DenseDetector(nn.Module):
 
         Returns:
             boxes (N, D, 4) xyxy in pixels of ``images``, labels (N, D) int64 in 1..K, scores
-            (N, D), count (N,) int64: rows that are detections; the others are zero.
+            (N, D), count (N,) int64: rows that are detections; the others are zero. With a mask
+            head, masks (N, D, M, M): probabilities that :func:`paste_masks` takes.
         """
         x = self.normalised(images, sizes)
         features = self.detector.features(x)
         if isinstance(self.detector, OneStageDetector):
-            found = one_stage(self.detector.head, features, image_size(x), sizes)
-        else:
-            found = two_stage(self.detector, features, image_size(x), sizes)
-        return _filled(*found)
+            return _filled(*one_stage(self.detector.head, features, image_size(x), sizes))
+        found = _filled(*two_stage(self.detector, features, image_size(x), sizes))
+        if self.detector.mask_head is None:
+            return found
+        return *found, mask_cells(self.detector.mask_head, features, found)
 
     def normalised(self, images: Tensor, sizes: Tensor) -> Tensor:
         """What the detector takes: normalised, zero outside each image, sides padded."""
@@ -162,6 +172,16 @@ def box_detections(
     return rows_of(every, index), index // p + 1, score
 
 
+def mask_cells(head: MaskHead, features: Mapping[str, Tensor], found: Found) -> Tensor:
+    """Probabilities (N, D, M, M) of the boxes found, each for its label; zero for fillers."""
+    boxes, labels, _, count = found
+    exists = torch.arange(labels.shape[1], device=count.device) < count[:, None]  # (N, D)
+    logits = head.predictor(pooled(head.pooler, features, boxes, exists))  # (N*D, K, M, M)
+    row = (labels.flatten() - 1).clamp(min=0).view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])
+    cells = logits.gather(1, row)[:, 0].float().sigmoid().unflatten(0, labels.shape)
+    return torch.where(exists[..., None, None], cells, 0.0)
+
+
 def pooled(
     pooler: RoiPooler, features: Mapping[str, Tensor], boxes: Tensor, exists: Tensor
 ) -> Tensor:
@@ -185,6 +205,8 @@ def pool_level(pool: RoiPool, x: Tensor, rois: Tensor, scale: float) -> Tensor:
     if isinstance(pool, Align):
         out: Tensor = roi_align(x, rois, pool.resolution, scale, pool.sampling_ratio, pool.aligned)
         return out
+    if isinstance(pool, PsAlign) and pool.reduce == "avg" and pool.sampling_ratio <= 0:
+        return mean_of_samples(x, rois, pool.resolution, scale, pool.offset)
     if isinstance(pool, PsAlign):
         return ps_roi_align(
             x,
@@ -279,16 +301,6 @@ def _filled(boxes: Tensor, labels: Tensor, scores: Tensor) -> Found:
 
 
 def _check_two_stage(detector: TwoStageDetector) -> None:
-    if detector.mask_head is not None:
-        raise ConfigError(
-            "model.detector: must be one that gives boxes alone to export, got maskrcnn-fpn; "
-            "its masks are as large as each image"
-        )
     pool = detector.head.pooler.pool
-    if isinstance(pool, PsAlign) and pool.sampling_ratio <= 0:
-        raise ConfigError(
-            "box.sampling_ratio: must be positive to export PS-RoIAlign, got "
-            f"{pool.sampling_ratio}; ONNX has no operator that adapts to the RoI's size there"
-        )
     if not isinstance(pool, Align | PsAlign | PsCells):
         raise ConfigError(f"export: must pool by RoIAlign, PS-RoIAlign or whole cells, got {pool}")

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from detkit import __version__
 from detkit.config import DataConfig
+from detkit.deploy import metadata
 from detkit.deploy.dense import DenseDetector
 from detkit.deploy.fold import fold
 from detkit.deploy.onnx_ops import translations
@@ -22,7 +24,6 @@ from detkit.errors import ConfigError, StorageError
 from detkit.scales import to_plain
 
 INPUTS = ("images", "sizes")
-OUTPUTS = ("boxes", "labels", "scores", "count")
 OPSETS = (18, 23)
 """Lowest and highest version of ONNX's operators that can be asked for."""
 
@@ -45,6 +46,7 @@ def to_onnx(
     *,
     opset: int = OPSETS[0],
     size: tuple[int, int] | None = None,
+    entries: Mapping[str, str] | None = None,
 ) -> bytes:
     """``model`` as an ONNX file with normalisation and suppression inside, batch norms folded.
 
@@ -54,6 +56,7 @@ def to_onnx(
         opset: Version of ONNX's operators.
         size: Height and width of the images, fixed; None leaves them free. The batch is always
             free.
+        entries: Metadata of the file, as :func:`detkit.deploy.metadata.describe` gives.
 
     Raises:
         CheckpointError: The model holds scale learners.
@@ -67,6 +70,8 @@ def to_onnx(
         raise ConfigError(f"--opset: must be in {OPSETS[0]}..{OPSETS[1]}, got {opset}")
     dense = DenseDetector(to_plain(fold(model)).cpu().float(), data).eval()
     made = _traced(dense, opset, size)
+    made.producer_name, made.producer_version = "detkit", __version__
+    metadata.put(made, entries or {})
     onnx.checker.check_model(made)
     content: bytes = made.SerializeToString()
     return content
@@ -101,7 +106,7 @@ def _traced(dense: DenseDetector, opset: int, size: tuple[int, int] | None) -> A
         program: Any = torch.onnx.export(
             exported,
             input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
+            output_names=dense.outputs,
             opset_version=opset,
             dynamo=True,
             custom_translation_table=translations(),

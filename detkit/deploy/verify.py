@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from detkit.config import Config, DataConfig
 from detkit.engine.inference import inference
 from detkit.errors import ConfigError, VerificationError
+from detkit.models.detector import TwoStageDetector
 from detkit.types import Batch, Detections
 
 BOX_TOLERANCE = 1e-3
@@ -20,6 +21,11 @@ BOX_TOLERANCE = 1e-3
 
 SCORE_TOLERANCE = 1e-4
 """Largest difference of a score."""
+
+MASK_TOLERANCE = 1e-3
+"""Largest difference of a cell of a mask, a probability."""
+
+Cells = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Agreement:
         detections: PyTorch's on them.
         box: Largest difference of a coordinate in pixels.
         score: Largest difference of a score.
+        mask: Largest difference of a mask's probability; 0 for detectors without masks.
         unmatched: Detections of either side without one of the same label on the other.
     """
 
@@ -38,9 +45,12 @@ class Agreement:
     detections: int = 0
     box: float = 0.0
     score: float = 0.0
+    mask: float = 0.0
     unmatched: int = 0
 
-    def add(self, wanted: Detections, got: Detections, cut: float) -> None:
+    def add(
+        self, wanted: Detections, got: Detections, cut: float, cells: Cells | None = None
+    ) -> None:
         """Count one image in.
 
         Each wanted detection takes the nearest of its label that is left, since scores that differ
@@ -51,11 +61,12 @@ class Agreement:
             got: ONNX Runtime's.
             cut: Score below which detections are dropped: one at most the tolerance above it may
                 be missing on either side.
+            cells: Probabilities (R, M, M) of both, of a detector with masks.
         """
         self.images += 1
         self.detections += len(wanted["boxes"])
         left = torch.ones(len(got["boxes"]), dtype=torch.bool)
-        for box, label, score in zip(*_columns(wanted), strict=True):
+        for row, (box, label, score) in enumerate(zip(*_columns(wanted), strict=True)):
             gaps = (got["boxes"] - box).abs().amax(1)
             shift = (got["scores"] - score).abs()
             apart = torch.maximum(gaps / BOX_TOLERANCE, shift / SCORE_TOLERANCE)
@@ -69,23 +80,27 @@ class Agreement:
             left[nearest] = False
             self.box = max(self.box, float(gaps[nearest]))
             self.score = max(self.score, float(shift[nearest]))
+            if cells is not None:
+                apart = (cells[1][nearest] - cells[0][row]).abs()
+                self.mask = max(self.mask, float(apart.max()))
         self.unmatched += int((got["scores"][left] > cut + SCORE_TOLERANCE).sum())
 
     def check(self) -> None:
         """Raises VerificationError where a difference is above its limit."""
         found = (
-            f"{self.box:.2e} pixels, {self.score:.2e} in scores and {self.unmatched} detections "
-            f"without a counterpart over {self.images} images"
+            f"{self.box:.2e} pixels, {self.score:.2e} in scores, {self.mask:.2e} in masks and "
+            f"{self.unmatched} detections without a counterpart over {self.images} images"
         )
         if not self.detections:
             raise VerificationError(
                 f"--verify: must see at least one detection, got none on {self.images} images; "
                 "train longer or name other images with --data"
             )
-        if self.box > BOX_TOLERANCE or self.score > SCORE_TOLERANCE or self.unmatched:
+        far = self.box > BOX_TOLERANCE or self.score > SCORE_TOLERANCE or self.mask > MASK_TOLERANCE
+        if far or self.unmatched:
             raise VerificationError(
-                f"--verify: ONNX Runtime must agree with PyTorch within {BOX_TOLERANCE:g} pixels "
-                f"and {SCORE_TOLERANCE:g} in scores, got {found}"
+                f"--verify: ONNX Runtime must agree with PyTorch within {BOX_TOLERANCE:g} pixels, "
+                f"{SCORE_TOLERANCE:g} in scores and {MASK_TOLERANCE:g} in masks, got {found}"
             )
 
 
@@ -116,28 +131,53 @@ def compare(
     with inference(model):
         for batch in batches:
             images = batch.images if size is None else _fitted(batch, size, data.pad_multiple)
+            raw = raw_pixels(images, data)
             outputs = session.run(
-                None,
-                {"images": _of_size(raw_pixels(images, data), size), "sizes": batch.sizes.numpy()},
+                None, {"images": _of_size(raw, size), "sizes": batch.sizes.numpy()}
             )
-            wanted: list[Detections] = model.detect(images, batch.sizes)  # type: ignore[operator]
-            for one, got in zip(wanted, detections(outputs), strict=True):
+            seen = normalised_pixels(raw, batch.sizes, data)
+            wanted, cells = _detect(model, seen, batch.sizes)
+            both = zip(cells, mask_cells(outputs), strict=True) if cells else [None] * len(wanted)
+            rows = zip(wanted, detections(outputs), both, strict=True)
+            for one, got, pair in rows:
                 full = len(one["scores"]) == box.max_detections
-                agreement.add(one, got, float(one["scores"][-1]) if full else box.score_threshold)
+                cut = float(one["scores"][-1]) if full else box.score_threshold
+                agreement.add(one, got, cut, pair)
     return agreement
+
+
+def _detect(
+    model: nn.Module, images: Tensor, sizes: Tensor
+) -> tuple[list[Detections], list[Tensor]]:
+    """Detections, and of a detector with masks their probabilities before pasting."""
+    if isinstance(model, TwoStageDetector):
+        return model.detect_cells(images, sizes)
+    found: list[Detections] = model.detect(images, sizes)  # type: ignore[operator]
+    return found, []
 
 
 def detections(outputs: list[Any]) -> list[Detections]:
     """What an exported detector gave for each image, without the rows that fill up.
 
     Args:
-        outputs: boxes (N, D, 4), labels (N, D), scores (N, D), count (N,) as arrays.
+        outputs: boxes (N, D, 4), labels (N, D), scores (N, D), count (N,) as arrays; more are
+            not looked at.
     """
-    boxes, labels, scores, count = (torch.from_numpy(np.asarray(a)) for a in outputs)
+    boxes, labels, scores, count = (torch.from_numpy(np.asarray(a)) for a in outputs[:4])
     return [
         Detections(boxes=boxes[i, :n], labels=labels[i, :n], scores=scores[i, :n])
         for i, n in enumerate(count.tolist())
     ]
+
+
+def mask_cells(outputs: list[Any]) -> list[Tensor]:
+    """Probabilities (R, M, M) of each image's detections.
+
+    Args:
+        outputs: boxes, labels, scores, count (N,) and masks (N, D, M, M) as arrays.
+    """
+    count, masks = (torch.from_numpy(np.asarray(a)) for a in outputs[3:])
+    return [masks[i, :n] for i, n in enumerate(count.tolist())]
 
 
 def raw_pixels(images: Tensor, data: DataConfig) -> Any:
@@ -145,6 +185,21 @@ def raw_pixels(images: Tensor, data: DataConfig) -> Any:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
     images = images.flip(1) if data.channels == "bgr" else images
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def normalised_pixels(raw: Any, sizes: Tensor, data: DataConfig) -> Tensor:
+    """What a detector takes of uint8 pixels (N, 3, H, W), zero outside the images' ``sizes``.
+
+    The same as a loader gives, but for ``data.resize`` torchvision, which resizes what is already
+    normalised and so gives colours between whole numbers.
+    """
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
+    planes = (torch.from_numpy(raw) - mean * 255) * (std * 255).reciprocal()
+    planes = planes.flip(1) if data.channels == "bgr" else planes
+    out = torch.zeros_like(planes)
+    for target, image, (height, width) in zip(out, planes, sizes.tolist(), strict=True):
+        target[:, :height, :width] = image[:, :height, :width]
+    return out
 
 
 def _fitted(batch: Batch, size: tuple[int, int], multiple: int) -> Tensor:

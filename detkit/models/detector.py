@@ -91,21 +91,35 @@ class TwoStageDetector(nn.Module):
             output_sizes: (N, 2) height and width of the images whose pixels boxes and masks come
                 in, as the files have them; None gives the pixels of ``images``, masks (R, H, W).
         """
-        features = self.features(images)
-        config: RpnConfig = self.rpn.config
-        proposals = self.rpn.proposals(
-            self.rpn(features, image_size(images)), sizes, config.pre_nms_test, config.post_nms_test
-        )
-        small = self.head.detect(features, proposals, sizes)
+        small, cells = self.detect_cells(images, sizes)
         found = in_output_pixels(small, sizes, output_sizes)
         if self.mask_head is None:
             return found
-        cells = self.mask_head.detect(features, small)
         shapes = [images.shape[2:]] * len(images) if output_sizes is None else output_sizes.tolist()
         threshold = self.mask_head.config.threshold
         for one, probabilities, shape in zip(found, cells, shapes, strict=True):
             one["masks"] = paste_masks(probabilities, one["boxes"], shape, threshold)
         return found
+
+    @torch.no_grad()
+    def detect_cells(self, images: Tensor, sizes: Tensor) -> tuple[list[Detections], list[Tensor]]:
+        """Detections in pixels of ``images``, and the probabilities that masks are pasted from.
+
+        Args:
+            images: See :meth:`detect`.
+            sizes: See :meth:`detect`.
+
+        Returns:
+            Boxes, labels and scores of each image, and of each image (R, M, M); none of these
+            without a mask head.
+        """
+        features = self.features(images)
+        config: RpnConfig = self.rpn.config
+        proposals = self.rpn.proposals(
+            self.rpn(features, image_size(images)), sizes, config.pre_nms_test, config.post_nms_test
+        )
+        found = self.head.detect(features, proposals, sizes)
+        return found, [] if self.mask_head is None else self.mask_head.detect(features, found)
 
     def run_layers(self, images: Tensor, proposals: int) -> None:
         """Run every layer once, to count costs (meta device).

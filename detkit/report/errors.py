@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from detkit.report.charts import Charts
 from detkit.report.evaluation import Evaluation
 from detkit.report.page import Section, beside, details, panels, paragraph
 from detkit.report.runs import Run
-from detkit.report.tables import Cell, table
+from detkit.report.tables import Cell, Html, table
 
 MEANING = {
     "classification": f"the right place (IoU from {HIT:g}), the wrong class",
@@ -42,7 +43,7 @@ def errors(runs: Sequence[Run], charts: Charts) -> Section | None:
         columns += [f"{f'{name}: ' if several else ''}{c}" for c in ("errors", "AP50 won")]
     rows: list[list[Cell]] = []
     for kind in (*KINDS, *_SUMS):
-        row: list[Cell] = [kind, MEANING[kind]]
+        row: list[Cell] = [kind, Html(f'<span class="wrap">{escape(MEANING[kind])}</span>')]
         for _, _, e in found:
             row += [e.errors.counts.get(kind), e.errors.gain[kind]]
         rows.append(row)
