@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from torch import nn
 
 import detkit
 from detkit.data import synthetic
+from detkit.engine import checkpoint as checkpoints
 from detkit.models import DETECTORS
 from detkit.scales import GlobalScaleConv2d
 
@@ -89,6 +91,23 @@ def test_the_launch_script_trains_in_processes(nodes: str) -> None:
     assert [process.wait() for process in processes] == [0] * len(processes)
     assert Path("run/last.pth").is_file()
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) >= 1
+
+
+@pytest.mark.slow
+def test_all_steps_of_detnas_end_in_a_scored_detector() -> None:
+    few = {"PRETRAIN": "2", "FINETUNE": "2", "POPULATION": "2", "GENERATIONS": "2"}
+    done = subprocess.run(
+        [str(EXAMPLES / "detnas_tiny.sh"), "out"],
+        env={**os.environ, **few, "CALIBRATION": "1", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(Path("out/search/search.json").read_text())
+    assert found["evaluations"] == 4
+    stored = checkpoints.load("out/best-detector/best.pth", kinds=("detector",))
+    assert stored["config"]["model"]["backbone"] == found["best"]["backbone"]
+    assert "AP50" in done.stdout.split("== 5.")[1]
 
 
 def test_every_example_is_run_by_a_test() -> None:
