@@ -89,9 +89,3 @@ def test_the_launch_script_trains_in_processes(nodes: str) -> None:
     assert [process.wait() for process in processes] == [0] * len(processes)
     assert Path("run/last.pth").is_file()
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) >= 1
-
-
-def test_every_example_is_run_by_a_test() -> None:
-    names = {path.stem for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert {name for name in names if name not in tests} == set()
