@@ -78,7 +78,7 @@ class Experiment:
     """... and as detectors."""
 
 
-SEARCH = {"population": 10, "parents": 5, "mutation_prob": 0.25}
+SEARCH: dict[str, Any] = {"population": 10, "parents": 5, "mutation_prob": 0.25}
 """As in the paper two genes of a mutant are drawn again on average, and parents are rarer than
 networks of a generation."""
 GENERATIONS = 26
@@ -161,7 +161,7 @@ def alone(experiment: Experiment, chosen: Sequence[Genes], out: Path) -> list[li
     """
     recipe = out / "alone.toml"
     detkit("search", str(out / "truth"), "--export", str(recipe))
-    found = []
+    found: list[list[float]] = []
     for genes in chosen:
         text = SPACE.text(genes)
         net = ("--backbone", f"detnas:{SPACE.name}:{text}")
