@@ -4,6 +4,7 @@ PY ?= python3
 VENV ?= .venv
 DETKIT_SHARED ?= ../shared
 export MAX_JOBS ?= 2
+TEST_JOBS ?= 2
 export PATH := $(if $(VENV),$(abspath $(VENV))/bin:)$(PATH)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 ifneq ($(wildcard .peer/torchvision_cpu.py),)
@@ -38,8 +39,9 @@ build/.ext: build/.abi setup.py $(CSRC)
 	$(RUN) setup.py -q build_ext --inplace
 	@touch $@
 
+# A process per core, one thread each; what a file prepares once is shared within its process.
 test: build/.ext
-	$(RUN) -m pytest tests --durations=10
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --durations=10 -n $(TEST_JOBS) --dist loadfile
 
 test-gpu: build/.ext
 	$(RUN) -m pytest tests -m gpu

@@ -5,9 +5,8 @@
     2. Truth: all 256 paths are scored on the held-out images.
     3. Evolution and random search, ten seeds each, look their scores up there; counted is how many
        evaluations it takes each to meet one of the best 2 %.
-    4. Eight networks, evenly spaced along the truth, are trained on their own, several times each,
-       from nothing to a detector; their APs on the validation split are ranked against their scores
-       as paths.
+    4. Eight networks, evenly spaced along the truth, are trained on their own, from nothing to a
+       detector; their APs on the validation split are ranked against their scores as paths.
 
     python benchmarks/nas_experiment.py [--out DIR] [--json FILE]
 
@@ -70,8 +69,8 @@ class Experiment:
     """Searches of each kind."""
     alone: int = 8
     """Networks trained on their own ..."""
-    repeats: int = 2
-    """... so many times each ..."""
+    repeats: int = 1
+    """... so many times each, by other seeds ..."""
     alone_pretrain_epochs: float = 10.0
     """... for so many passes as classifiers ..."""
     alone_epochs: float = 6.0
