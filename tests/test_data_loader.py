@@ -337,7 +337,7 @@ def test_a_file_that_changes_size_is_noticed(damaged: Path) -> None:
 def test_workers_end_with_the_iterator(dataset: DetectionDataset) -> None:
     before = set(multiprocessing.active_children())
     batches = train_batches(dataset, settings(data={"workers": 2}))
-    next(batches)
+    next(batches), next(batches)  # one of each worker: both have started
     children = set(multiprocessing.active_children()) - before
     assert len(children) == 2
     # Ctrl-C goes to the process group of the terminal; workers must not be in it.
