@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from train_detectors import detkit, machine
+from hardware import machine
+from train_detectors import detkit
 
 from detkit.config import SearchConfig
 from detkit.detnas import run_search

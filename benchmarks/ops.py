@@ -14,7 +14,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hardware import machine
 from torch import Tensor
 
 from detkit import ops
@@ -252,23 +252,6 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     return row
 
 
-def hardware(device: str) -> dict[str, Any]:
-    """What the numbers hold for."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else model,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "extension": _library.BUILD_INFO,
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The rows with ms and how many times longer reference and peer take."""
     columns = ["native_ms", "reference_ms", "peer_ms", "reference_over_native", "peer_over_native"]
@@ -302,7 +285,7 @@ def main() -> None:
         parser.error(
             f"--only: must name operators of {', '.join(_library.OPS)}, got {options.only}"
         )
-    facts = hardware(options.device)
+    facts = machine(options.device)
     rows = [measure(case, options.seconds) for case in cases if not only or case.op in only]
     facts["load_after"] = os.getloadavg()[0]
     print(", ".join(f"{k} {v}" for k, v in facts.items() if k != "extension"))

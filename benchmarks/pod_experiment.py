@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from train_detectors import machine
+from hardware import machine
 
 from detkit import api, pod
 from detkit.data import synthetic

@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hardware import machine
 from torch import Tensor, nn
 
 from detkit import ops, scales
@@ -209,24 +209,6 @@ def rows_of(threads: int, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def hardware() -> dict[str, Any]:
-    """What the numbers hold for."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    return {
-        "processor": model,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "extension": _library.BUILD_INFO,
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The ratios as tables: a line per layer or detector and pass, a column per contestant."""
     threads = sorted({row["threads"] for row in rows})
@@ -264,7 +246,7 @@ def main() -> None:
     options = parser.parse_args()
     if not _library.BUILD_INFO:
         parser.error("the compiled operators must be built; run `make build`")
-    facts = hardware()
+    facts = machine()
     rows = [row for n in options.threads.split(",") for row in rows_of(int(n), options.seconds)]
     facts["load_after"] = os.getloadavg()[0]
     print(", ".join(f"{k} {v}" for k, v in facts.items() if k != "extension"), "\n")

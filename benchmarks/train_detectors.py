@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import machine
 
 from detkit import api, config
 from detkit.data import eval_batches, open_detection
@@ -80,20 +79,6 @@ def latencies(runs: dict[str, Path], data: str, images: int) -> dict[str, float]
                 loaded.model.detect(batch.images, batch.sizes)  # type: ignore[operator]
                 seen[name].append(1000 * (time.perf_counter() - begun))
     return {name: statistics.median(times) for name, times in seen.items()}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    model = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "cpu": model[0].split(": ")[1] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:
