@@ -15,6 +15,7 @@ from detkit.models.norm import (
     NORMS,
     FrozenBatchNorm2d,
     SyncBatchNorm2d,
+    conv_norm,
     group_norm,
     norm_named,
     normalise_rows,
@@ -41,6 +42,51 @@ def test_frozen_norm_never_changes_and_applies_its_statistics() -> None:
     out.sum().backward()
     assert not norm.training and not any(p.requires_grad for p in norm.parameters())
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+
+
+def frozen_pair(groups: int, bias: bool) -> tuple[nn.Conv2d, FrozenBatchNorm2d]:
+    """A convolution in float64 and a frozen norm of numbers that all matter."""
+    torch.manual_seed(3)
+    conv = nn.Conv2d(4, 6, 3, 2, padding=1, groups=groups, bias=bias).double()
+    norm = FrozenBatchNorm2d(6).double()
+    with torch.no_grad():
+        for values in (norm.weight, norm.bias, norm.running_mean):
+            values.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return conv, norm
+
+
+@pytest.mark.parametrize(("groups", "bias"), [(1, False), (2, True)])
+def test_a_convolution_with_its_frozen_norm_in_the_weights(groups: int, bias: bool) -> None:
+    """The same map and the same gradients as one after the other, and no call of the norm."""
+    conv, norm = frozen_pair(groups, bias)
+    x = torch.randn(2, 4, 7, 5, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *conv.parameters()]
+    separate = norm(conv(x))
+    weights = torch.randn_like(separate)
+    expected = torch.autograd.grad((separate * weights).sum(), wanted)
+    norm.forward = None  # type: ignore[assignment]  # a call would fail
+    together = conv_norm(conv, norm, x)
+    got = torch.autograd.grad((together * weights).sum(), wanted)
+    torch.testing.assert_close(together, separate)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_frozen_norm_is_called_where_somebody_listens_or_nothing_is_learnt() -> None:
+    """Counting and statistics hang on calls; without gradients the result is bit by bit as ever."""
+    conv, norm = frozen_pair(1, False)
+    x = torch.randn(2, 4, 7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(conv_norm(conv, norm, x), norm(conv(x)))
+    calls = []
+    handle = conv.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(conv_norm(conv, norm, x), norm(conv(x)))
+    assert len(calls) == 2
+    handle.remove()
+    conv_norm(conv, norm, x)
+    assert len(calls) == 2
+    other = nn.BatchNorm2d(6).double()
+    assert torch.equal(conv_norm(conv, other, x), other(conv(x)))
 
 
 def test_batch_norms_exchange_their_state_dicts() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,16 +35,60 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (N, C, H, W) with the stored statistics."""
-        mean, var = self.running_mean, self.running_var
-        if mean is None or var is None:
-            raise ValueError("FrozenBatchNorm2d: must hold running statistics, got none")
+        mean, var = self._statistics()
         if not torch.is_grad_enabled() or x.dtype != mean.dtype:
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         # The same as one multiply-add: its gradient needs no copy of x, which halves what a
         # training step remembers.
-        scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
+        scale, shift = self.factors()
         return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The scale and shift (C,) that statistics, weight and bias amount to."""
+        mean, var = self._statistics()
+        scale = self.weight * (var + self.eps).rsqrt()
+        return scale, self.bias - mean * scale
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            raise ValueError("FrozenBatchNorm2d: must hold running statistics, got none")
+        return mean, var
+
+
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``; in training a convolution and its frozen norm are one convolution.
+
+    A fixed scale and shift per channel go into the weights, whose gradient comes back through the
+    same scale. So no map is passed over a second time, forward or backward. Layers of other kinds,
+    layers with hooks and calls without gradients (``detkit.deploy.fold`` is for these) take the
+    two steps.
+    """
+    plain = type(conv) is nn.Conv2d and type(norm) is FrozenBatchNorm2d
+    if plain and torch.is_grad_enabled() and isinstance(x, Tensor) and not _hooked(conv, norm):
+        return _scaled(cast(nn.Conv2d, conv), cast(FrozenBatchNorm2d, norm), x)
+    out: Tensor = norm(conv(x))
+    return out
+
+
+def _scaled(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+    scale, shift = norm.factors()
+    bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)
+    out: Tensor = conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias)
+    return out
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+class ConvThenNorm(nn.Sequential):
+    """A convolution and its norm, numbered as in ``nn.Sequential``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, cin, H, W) to (N, cout, ...)."""
+        conv, norm = self
+        return conv_norm(conv, norm, x)
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detkit.models.backbones.base import Backbone
-from detkit.models.norm import Norm, norm_named
+from detkit.models.norm import ConvThenNorm, Norm, conv_norm, norm_named
 from detkit.types import FeatureSpec
 
 
@@ -81,9 +81,9 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out)).add_(shortcut)
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = self.relu(conv_norm(self.conv2, self.bn2, out))
+        out = conv_norm(self.conv3, self.bn3, out).add_(shortcut)
         return F.relu_(out)
 
 
@@ -118,13 +118,13 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out)).add_(shortcut)
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = conv_norm(self.conv2, self.bn2, out).add_(shortcut)
         return F.relu_(out)
 
 
 def _shortcut(cin: int, cout: int, stride: int, norm: Norm) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
+    return ConvThenNorm(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
 
 
 class ResNet(Backbone):
@@ -194,7 +194,7 @@ class ResNet(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of ``images`` (N, 3, H, W), named and shaped as ``feature_specs`` says."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, images)))
         maps = {}
         for number, name in enumerate(self.feature_specs, 1):
             x = self.get_submodule(f"layer{number}")(x)

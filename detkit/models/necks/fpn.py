@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detkit.models.norm import Norm, norm_named
+from detkit.models.norm import Norm, conv_norm, norm_named
 from detkit.types import FeatureSpec
 
 
@@ -27,8 +27,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
-        out: Tensor = self.norm(self.conv(x))
-        return out
+        return conv_norm(self.conv, self.norm, x)
 
 
 class ExtraLevels(nn.Module):
