@@ -297,6 +297,42 @@ def test_no_anchor_inside_the_image() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def _rpn_gradients(model: TwoStageDetector, data: Batch, dtype: torch.dtype) -> list[Tensor]:
+    """Losses of the proposals, and their gradients by the maps and by the head's parameters."""
+    torch.manual_seed(5)
+    sizes = [(24, 32), (12, 16), (6, 8), (3, 4), (1, 2)]
+    maps = {f"p{i}": torch.randn(2, 16, *s, dtype=dtype) for i, s in enumerate(sizes, 2)}
+    for x in maps.values():
+        x.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        output = model.rpn(maps)
+        losses = model.rpn.losses(output, data.targets, data.sizes)
+    wanted = [*maps.values(), *model.rpn.parameters()]
+    gradients = torch.autograd.grad(total(losses), wanted, materialize_grads=True)
+    return [*losses.values(), *gradients]
+
+
+@pytest.mark.parametrize("softmax", [False, True], ids=["sigmoid", "softmax"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "bf16"])
+def test_proposals_learn_at_their_samples_what_they_would_on_whole_maps(
+    dtype: torch.dtype, softmax: bool
+) -> None:
+    """The head runs on the sampled cells alone; whoever listens to it sees it run on the maps."""
+    tables = {"softmax": softmax, "drop_straddling": False, "batch_per_image": 2500}
+    model = build_detector(config(rpn=tables), CLASSES).to(dtype)
+    for parameter in model.rpn.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    data = batch(*some())
+    sampled = _rpn_gradients(model, data, dtype)
+    model.rpn.head.conv.register_forward_hook(lambda *_: None)
+    whole = _rpn_gradients(model, data, dtype)
+    assert len(sampled) == 2 + 5 + 6
+    for got, expected in zip(sampled, whole, strict=True):
+        assert expected.abs().max() > 0
+        near = 1e-12 if dtype == torch.float64 else 0.03  # bf16 has 8 bits
+        assert (got - expected).abs().max() <= near * expected.abs().max()
+
+
 def test_no_background_is_drawn_from_inside_a_crowd() -> None:
     model = build_detector(config(), CLASSES)
     crowd = target([[0, 0, 119, 45], [10, 50, 50, 90]], [1, 2], [True, False])
@@ -317,7 +353,7 @@ def test_no_background_is_drawn_from_inside_a_crowd() -> None:
 
 
 def _train(steps: int, **tables: dict[str, Any]) -> TwoStageDetector:
-    torch.manual_seed(11)
+    torch.manual_seed(12)
     model = build_detector(config(**tables), CLASSES).train()
     data = batch(*some())
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)

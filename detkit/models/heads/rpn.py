@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from detkit.config import RpnConfig
 from detkit.models import losses, targets
 from detkit.models.anchors import AnchorGrid
+from detkit.models.patches import anchor_patches
 from detkit.ops import batched_nms
 from detkit.ops import boxes as box_ops
 from detkit.types import Target
@@ -25,12 +28,15 @@ class RpnOutput:
         deltas: (N, T, 4).
         anchors: (T, 4) xyxy in input pixels.
         counts: Anchors of each level; they sum to T.
+        maps: The maps (N, C, H, W) where the predictions are without gradients and the losses
+            compute those of their few anchors anew.
     """
 
     logits: Tensor
     deltas: Tensor
     anchors: Tensor
     counts: list[int]
+    maps: list[Tensor] | None = None
 
 
 class RpnHead(nn.Module):
@@ -57,12 +63,36 @@ class RpnHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, H * W * A) and deltas (N, H * W * A, 4) of a map (N, cin, H, W)."""
         x = torch.relu(self.conv(x))
-        logits = self.objectness(x).permute(0, 2, 3, 1).flatten(1)
-        if self.softmax:
-            background, object_ = logits.unflatten(1, (-1, 2)).unbind(2)
-            logits = object_ - background
+        logits = self._logits(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
         deltas = self.deltas(x).permute(0, 2, 3, 1)
         return logits, deltas.reshape(x.shape[0], -1, 4)
+
+    def at(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (S, A) and deltas (S, A, 4) of chosen cells, from (S, 9, cin) around each.
+
+        What :meth:`forward` gives there, up to rounding.
+        """
+        kernel = self.conv.weight.permute(0, 2, 3, 1).flatten(1)  # (channels, 9 * cin)
+        x = torch.relu(F.linear(patches.flatten(1), kernel, self.conv.bias))
+        logits, deltas = (
+            F.linear(x, layer.weight.flatten(1), layer.bias)
+            for layer in (self.objectness, self.deltas)
+        )
+        return self._logits(logits), deltas.unflatten(1, (-1, 4))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """One number (N, ...) per anchor of one or two."""
+        if not self.softmax:
+            return x
+        pair = x.unflatten(1, (-1, 2))  # background, object
+        difference: Tensor = pair[:, :, 1] - pair[:, :, 0]
+        return difference
+
+    def is_plain(self) -> bool:
+        """Whether :meth:`at` holds: its layers are the convolutions made here, with no hooks."""
+        layers = (self, self.conv, self.objectness, self.deltas)
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in layers)
+        return not hooked and all(type(layer) is nn.Conv2d for layer in layers[1:])
 
 
 class RPN(nn.Module):
@@ -94,14 +124,36 @@ class RPN(nn.Module):
             image: (height, width) of the padded images, which measured anchor strides need.
         """
         maps = [features[name] for name in self.levels]
-        logits, deltas = zip(*(self.head(x) for x in maps), strict=True)
+        lazily = self._learns_at_samples()
+        predict = self._without_gradients if lazily else self.head
+        logits, deltas = zip(*(predict(x) for x in maps), strict=True)
         anchors = self.grid([(x.shape[2], x.shape[3]) for x in maps], maps[0].device, image)
         return RpnOutput(
             torch.cat(logits, 1),
             torch.cat(deltas, 1),
             torch.cat(anchors),
             [a.shape[0] for a in anchors],
+            maps if lazily else None,
         )
+
+    def _learns_at_samples(self) -> bool:
+        """Whether the head's predictions are for the proposals alone, which need no gradients.
+
+        The losses see a few hundred anchors of an image, so most of the backward pass through the
+        head's convolution, twice the work of the forward pass, would multiply zeros.
+        """
+        head, compiling = self.head, torch.compiler.is_compiling()
+        plain = isinstance(head, RpnHead) and head.is_plain()
+        return plain and torch.is_grad_enabled() and not compiling
+
+    def _without_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head says of a map.
+
+        Not under ``no_grad``: autocast would keep the weights it cast there, and those have none.
+        """
+        fixed = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
+        logits, deltas = functional_call(self.head, fixed, x.detach())
+        return logits, deltas
 
     def losses(
         self, output: RpnOutput, truth: Sequence[Target], sizes: Tensor
@@ -123,12 +175,24 @@ class RPN(nn.Module):
         negative = torch.cat([neg + i * total for i, (_, neg, _) in enumerate(drawn)])
         goal = torch.cat([goal for _, _, goal in drawn])
         count = max(1, len(positive) + len(negative))
-        logits = output.logits.flatten()[torch.cat([positive, negative])]
-        deltas = output.deltas.flatten(0, 1)[positive]
+        logits, deltas = self._predictions(output, torch.cat([positive, negative]))
+        box = losses.smooth_l1(deltas[: len(positive)], goal, self.config.smooth_l1_beta)
         return {
             "rpn_objectness": losses.objectness(logits, len(positive)) / count,
-            "rpn_box": losses.smooth_l1(deltas, goal, self.config.smooth_l1_beta).sum() / count,
+            "rpn_box": box.sum() / count,
         }
+
+    def _predictions(self, output: RpnOutput, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (S,) and deltas (S, 4) with gradients of anchors (S,): image * T + anchor."""
+        if output.maps is None or not isinstance(self.head, RpnHead):
+            return output.logits.flatten()[index], output.deltas.flatten(0, 1)[index]
+        found, order = anchor_patches(output.maps, output.counts, index)
+        logits, deltas = self.head.at(found)  # (S, A), (S, A, 4)
+        row = torch.empty_like(order)
+        row[order] = torch.arange(len(order), device=order.device)
+        # Every level has as many anchors in a cell, so the rest tells which of its cell's it is.
+        which = index % sum(output.counts) % logits.shape[1]
+        return logits[row, which], deltas[row, which]
 
     def _sample(
         self, anchors: Tensor, truth: Target, height: int, width: int
