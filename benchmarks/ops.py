@@ -275,6 +275,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=None, help="file to write")
     options = parser.parse_args()
+    ops.autotune("off")  # what is measured as native is to be ours
     if options.threads:
         torch.set_num_threads(options.threads)
     tv = load_torchvision()
