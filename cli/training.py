@@ -53,7 +53,7 @@ def run_training(
         show_plan(common, config, api.training_plan(kind, config, _source(init_from, resume)))
         return 0
     if gpus and gpus > 1 and "LOCAL_RANK" not in os.environ:
-        return api.launch_processes(gpus)
+        return api.launch_processes(gpus, click.get_current_context().obj)
     result = _train(kind, common, config, resume, init_from, allow_partial)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one reports
         emit(common, result, lambda: _show(result))
