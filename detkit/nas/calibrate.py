@@ -8,7 +8,8 @@ it was: nothing is carried from one candidate to the next.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def calibrate(
     """
     if momentum is not None and not 0 < momentum <= 1:
         raise ConfigError(f"momentum: must be in (0, 1] or none, got {momentum}")
-    run = model.run_norms if isinstance(model, Detector) else model
+    run: Callable[[Any], object] = model.run_norms if isinstance(model, Detector) else model
     with _as_it_was(model), _chance(model, seed):
         model.train()
         norms = _trained_norms(model)
