@@ -104,7 +104,12 @@ def rehearse(
         finally:
             clock.close()
         found: list[Any] = []
-        fitting.measure(lambda net: found.append(evaluate(net)) or {})
+
+        def keep(net: nn.Module) -> dict[str, float | None]:
+            found.append(evaluate(net))
+            return {}
+
+        fitting.measure(keep)
     return Rehearsal(
         losses=fitting.window.losses,
         lr=fitting.lr,
