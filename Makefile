@@ -26,7 +26,7 @@ build: build/.ext
 $(VENV)/.deps: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PY) -m venv $(VENV)
 	$(PIP) torch "setuptools>=77" ninja pybind11
-	DETKIT_SKIP_EXT=1 $(PIP) --no-build-isolation -C editable_mode=compat -e ".[dev,plots,onnx]"
+	DETKIT_SKIP_EXT=1 $(PIP) --no-build-isolation -C editable_mode=compat -e ".[dev,plots,onnx,fast-eval]"
 	touch $@
 
 # What the built files depend on besides the sources; written anew only when it changes.

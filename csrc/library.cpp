@@ -5,6 +5,10 @@
 STABLE_TORCH_LIBRARY(detkit, m) {
   m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
   m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
+  // The first `limit` survivors, then -1, and how many those are: sizes do not depend on data.
+  m.def(
+      "nms_padded(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold, int limit) "
+      "-> (Tensor, Tensor)");
 
   m.def(
       "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "

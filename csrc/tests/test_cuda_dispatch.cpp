@@ -119,26 +119,68 @@ Tensor rois(ScalarType features) {
 
 }  // namespace
 
+namespace {
+
+struct Candidates {
+  std::vector<double> boxes, scores, classes;
+};
+
+// Boxes on a small grid, so that many overlap, and by just the threshold; many scores are equal.
+Candidates candidates(int n, int classes, int area) {
+  std::mt19937 generator(n + classes);
+  Candidates all;
+  for (int i = 0; i < n; ++i) {
+    const double x = generator() % area, y = generator() % area;
+    all.boxes.insert(all.boxes.end(), {x, y, x + generator() % 16, y + generator() % 16});
+    all.scores.push_back(generator() % 50);
+    all.classes.push_back(double(generator() % classes) - 1);
+  }
+  if (n > 60) all.boxes[4 * 7 + 1] = std::numeric_limits<double>::quiet_NaN();
+  return all;
+}
+
+void compare_nms(const Candidates& all, ScalarType type, double threshold) {
+  const auto n = int64_t(all.scores.size());
+  const Tensor b = tensor(all.boxes, {n, 4}, type), s = tensor(all.scores, {n}, type);
+  const auto idxs = std::optional(tensor(all.classes, {n}, ScalarType::Long));
+  compare("nms", 1, 0, b, s, threshold);
+  compare("batched_nms", 1, 0, b, s, *idxs, threshold);
+  for (const int64_t limit : {int64_t(0), int64_t(10), n + 3}) {
+    compare("nms_padded", 2, 0, b, s, std::optional<Tensor>(), threshold, limit);
+    compare("nms_padded", 2, 0, b, s, idxs, threshold, limit);
+  }
+}
+
+}  // namespace
+
 TEST(nms) {
-  std::mt19937 generator(1);
-  for (const int n : {0, 1, 63, 64, 65, 130, 300}) {
-    std::vector<double> boxes, scores, classes;
-    for (int i = 0; i < n; ++i) {
-      const double x = generator() % 40, y = generator() % 40;
-      boxes.insert(boxes.end(), {x, y, x + generator() % 16, y + generator() % 16});
-      scores.push_back(generator() % 50);
-      classes.push_back(generator() % 3);
-    }
-    if (n > 60) boxes[4 * 7 + 1] = std::numeric_limits<double>::quiet_NaN();
-    const Tensor idxs = tensor(classes, {n}, ScalarType::Long);
+  for (const int n : {0, 1, 63, 64, 65, 300}) {
     for (const ScalarType type : kTypes) {
-      const Tensor b = tensor(boxes, {n, 4}, type), s = tensor(scores, {n}, type);
       for (const double threshold : {0.0, 0.25, 2.0 / 3, 1.0}) {
-        compare("nms", 1, 0, b, s, threshold);
-        compare("batched_nms", 1, 0, b, s, idxs, threshold);
+        compare_nms(candidates(n, 3, 40), type, threshold);
       }
     }
   }
+}
+
+// Survivors suppress boxes of their own chunk, of the next one, and of later ones.
+TEST(nms_over_several_chunks) {
+  for (const int n : {511, 512, 513, 1024, 1025, 2300}) {
+    compare_nms(candidates(n, 4, 60), ScalarType::Float, 0.3);
+    compare_nms(candidates(n, 200, 400), ScalarType::Float, 0.1);
+  }
+}
+
+// Each box overlaps its neighbours only: every second one stays, by as many rounds as there are
+// boxes in a chunk.
+TEST(nms_of_a_chain) {
+  Candidates chain;
+  for (int i = 0; i < 1300; ++i) {
+    chain.boxes.insert(chain.boxes.end(), {4.0 * i, 0, 4.0 * i + 6, 5});
+    chain.scores.push_back(-i);
+    chain.classes.push_back(0);
+  }
+  compare_nms(chain, ScalarType::Float, 0.1);
 }
 
 TEST(roi_align) {

@@ -6,7 +6,7 @@
 from detkit.ops import boxes
 from detkit.ops._library import backend
 from detkit.ops.dilated_conv import dilated_conv2d
-from detkit.ops.nms import batched_nms, nms
+from detkit.ops.nms import batched_nms, nms, nms_padded
 from detkit.ops.ps_roi_align import ps_roi_align
 from detkit.ops.ps_roi_pool import ps_roi_pool
 from detkit.ops.roi_align import roi_align
@@ -19,6 +19,7 @@ __all__ = [
     "boxes",
     "dilated_conv2d",
     "nms",
+    "nms_padded",
     "ps_roi_align",
     "ps_roi_pool",
     "roi_align",
