@@ -99,6 +99,11 @@ def calibration(opened: Opened) -> Iterator[Batch]:
     return (part for (part,) in islice(batches, search.calibration_steps))
 
 
+def parsed(settings: list[str]) -> Overrides:
+    """Layers of settings of texts like ``search.calibration_steps=12``."""
+    return [configs.parse_override(text) for text in settings]
+
+
 def own_norms(opened: Opened, model: nn.Module, genes: Genes) -> dict[str, torch.Tensor]:
     """Statistics of a path, from images read anew."""
     find_supernet(model).set_path(genes)
@@ -125,12 +130,12 @@ def straightforward(file: str, overrides: Overrides, genes: Genes) -> Metrics:
         return score(opened, model)
 
 
-def published(file: str, overrides: Overrides, genes: Genes) -> Metrics:
+def published(file: str, settings: list[str], genes: Genes) -> Metrics:
     """The same in two fresh processes with a checkpoint of the whole model between them."""
     with tempfile.TemporaryDirectory() as folder:
         between, answer = str(Path(folder) / "path.pth"), str(Path(folder) / "metrics.json")
         for step, target in ((_calibrated, between), (_scored, answer)):
-            arguments = (file, overrides, genes, between, target, torch.get_num_threads())
+            arguments = (file, settings, genes, between, target, torch.get_num_threads())
             process = multiprocessing.get_context("spawn").Process(target=step, args=arguments)
             process.start()
             process.join()
@@ -141,20 +146,20 @@ def published(file: str, overrides: Overrides, genes: Genes) -> Metrics:
 
 
 def _calibrated(
-    file: str, overrides: Overrides, genes: Genes, _: str, target: str, threads: int
+    file: str, settings: list[str], genes: Genes, _: str, target: str, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    opened = open_supernet(file, overrides)
+    opened = open_supernet(file, parsed(settings))
     model = restore(opened.stored, file).model
     model.load_state_dict(own_norms(opened, model, genes), strict=False)
     torch.save(model.state_dict(), target)
 
 
 def _scored(
-    file: str, overrides: Overrides, genes: Genes, between: str, target: str, threads: int
+    file: str, settings: list[str], genes: Genes, between: str, target: str, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    opened = open_supernet(file, overrides)
+    opened = open_supernet(file, parsed(settings))
     model = restore(opened.stored, file).model.eval()
     model.load_state_dict(torch.load(between, weights_only=True))
     find_supernet(model).set_path(genes)
@@ -216,7 +221,7 @@ def pace(lines: list[dict[str, Any]]) -> float:
 
 def compare(file: str, settings: list[str], rounds: int, networks: int) -> dict[str, Any]:
     """All ways in turns; a search evaluates several networks, the others its first one."""
-    overrides: Overrides = [configs.parse_override(text) for text in settings]
+    overrides = parsed(settings)
     opened = open_supernet(file, overrides)
     fitness = Fitness(opened, torch.device("cpu"))
     costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
@@ -225,8 +230,12 @@ def compare(file: str, settings: list[str], rounds: int, networks: int) -> dict[
         first = next(line for line in lines if line["index"] == 0)
         genes = opened.space.parse(first["genes"])
         costs["search"].append(Cost(pace(lines), alone(partial(fitness, genes))))
-        for way, run in (("published", published), ("straightforward", straightforward)):
-            metrics, cost = taken(partial(run, file, overrides, genes))
+        others = {
+            "published": partial(published, file, settings, genes),
+            "straightforward": partial(straightforward, file, overrides, genes),
+        }
+        for way, run in others.items():
+            metrics, cost = taken(run)
             if metrics != first["metrics"]:
                 raise SystemExit(f"{first['genes']}, {way}: {metrics} is not {first['metrics']}")
             costs[way].append(cost)
@@ -289,7 +298,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    overrides: Overrides = [configs.parse_override(text) for text in options.set]
+    overrides = parsed(options.set)
     with tempfile.TemporaryDirectory() as folder:
         file = options.supernet or str(random_supernet(Path(folder)))
         result = {}
