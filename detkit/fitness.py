@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,6 +255,7 @@ class Fitness:
         calibration = CachedBatches(opened.training, seen, keys, training=True, limit=limit)
         log.info("reading %d images that score networks", len(opened.images))
         left = limit - calibration.kept_bytes
+        self.scoring_seconds = 0.0  # of the newest network, without the norms
         self.score: _TopOne | _Detections
         if isinstance(opened.images, ClassificationDataset):
             self.score = _TopOne(opened.images, config, device, left)
@@ -262,7 +264,7 @@ class Fitness:
         self._paths = PathFitness(
             loaded.model,
             calibration,
-            self.score,
+            self._timed_score,
             momentum=search.calibration_momentum or None,
             seed=config.train.seed,
         )
@@ -270,6 +272,13 @@ class Fitness:
     def __call__(self, genes: Genes) -> Metrics:
         """Metrics of a path; raises :class:`Dropped` where an early stop found it hopeless."""
         return self._paths(genes)
+
+    def _timed_score(self, model: nn.Module) -> Metrics:
+        begun = time.monotonic()
+        try:
+            return self.score(model)
+        finally:
+            self.scoring_seconds = time.monotonic() - begun
 
     def begin(self, earlier: Sequence[Candidate]) -> None:
         """Set the bound of the early stop from the candidates of earlier generations."""

@@ -42,6 +42,7 @@ ALLOWED["fitness"] = set(ALLOWED) | {"fitness"}
 ALLOWED["detnas"] = set(ALLOWED) | {"detnas"}
 ALLOWED["retrain"] = set(ALLOWED) | {"retrain"}
 ALLOWED["api"] = set(ALLOWED) | {"api"}
+ALLOWED["rehearsal"] = set(ALLOWED) | {"rehearsal"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
 ALLOWED["reporting"] = set(ALLOWED) | {"reporting"}
 ALLOWED["bench"] = set(ALLOWED) | {"bench"}
