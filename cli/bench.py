@@ -57,6 +57,12 @@ def ops(common: Common, only: str, quick: bool, threads: str, save: Path | None)
     from detkit.bench.operators import bench_ops
     from detkit.loading import pick_device
 
+    if common.recipe or common.config_file or common.overrides:
+        raise ConfigError(
+            "bench ops: must stand without settings, got some; it has sizes of its own"
+        )
+    if _only_planned(common, {"only": only, "quick": quick, "threads": _counts(threads)}):
+        return
     result = bench_ops(
         device=str(pick_device(common.device)),
         threads=_counts(threads),
@@ -96,6 +102,9 @@ def model(
     """
     from detkit.bench.detectors import bench_model
 
+    plan = {"checkpoint": checkpoint and str(checkpoint), "size": height_by_width(size)}
+    if _only_planned(common, plan | {"batch": batch, "threads": _one_count(threads)}):
+        return
     result = bench_model(
         checkpoint,
         recipe=common.recipe,
@@ -124,6 +133,8 @@ def train(common: Common, threads: str, save: Path | None) -> None:
     """
     from detkit.bench.training import bench_train
 
+    if _only_planned(common, {"threads": _one_count(threads)}):
+        return
     result = bench_train(
         recipe=common.recipe,
         overrides=common.layers(),
@@ -132,6 +143,18 @@ def train(common: Common, threads: str, save: Path | None) -> None:
     )
     _save(save, result)
     emit(common, result, lambda: _show_train(result))
+
+
+def _only_planned(common: Common, plan: Row) -> bool:
+    """Whether --dry-run has shown the plan; refuses --out, since there is one file to write."""
+    if common.out is not None:
+        raise ConfigError(
+            f"--out: must be left out here, got {common.out}; --save FILE writes JSON"
+        )
+    plan = {"dry_run": True, "device": common.device, "recipe": common.recipe} | plan
+    if common.dry_run:
+        emit(common, plan, lambda: click.echo(plan))
+    return common.dry_run
 
 
 def _counts(text: str) -> list[int]:

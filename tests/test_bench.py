@@ -233,6 +233,8 @@ def test_bench_ops_gives_rows_and_saves_them(
     [
         (["ops", "--only", "nsm"], "--only: must name operators of nms"),
         (["ops", "--threads", "0"], "--threads: must be positive numbers"),
+        (["ops", "--recipe", "tiny/retinanet"], "bench ops: must stand without settings"),
+        (["ops", "--out", "x"], "--out: must be left out here"),
         (["model", "--threads", "1,2"], "--threads: must be one number"),
         (["model", "--size", "big"], "--size: must read HEIGHTxWIDTH"),
     ],
@@ -242,6 +244,13 @@ def test_bad_options_are_refused(
 ) -> None:
     assert run(["bench", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["ops", "model", "train"])
+def test_a_dry_run_measures_nothing(what: str) -> None:
+    answer = CliRunner().invoke(cli, ["bench", what, "--dry-run", "--json", "--threads", "2"])
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["dry_run"] is True
 
 
 @pytest.mark.parametrize("recipe", ["tiny/light-head", "tiny/retinanet", "tiny/maskrcnn-fpn"])

@@ -54,7 +54,7 @@ def judged(result: Row) -> list[Row]:
     return found
 
 
-def verdict(ratio: float, at_most: bool, limits: Row) -> str:
+def verdict(ratio: float, at_most: bool, limits: dict[str, float]) -> str:
     """Which of goal and floor the ratio keeps."""
     sign = -1 if at_most else 1
     for name in ("goal", "floor"):
@@ -80,7 +80,7 @@ def target_table(result: Row) -> list[str]:
 
 def pass_of(row: Row) -> str:
     """``forward``, ``forward, bf16``."""
-    return row["pass"] + ("" if row["dtype"] == "fp32" else f", {row['dtype']}")
+    return f"{row['pass']}" + ("" if row["dtype"] == "fp32" else f", {row['dtype']}")
 
 
 def ops_tables(result: Row) -> list[str]:
@@ -154,7 +154,9 @@ def render(text: str) -> str:
     """The page with its tables made anew; each stands between two marks."""
     for name, (file, make) in SECTIONS.items():
         path = RESULTS / file
-        lines = make(json.loads(path.read_text(encoding="utf-8")))
+        lines = [f"`benchmarks/results/{file}` is not there: not measured yet."]
+        if path.exists():
+            lines = make(json.loads(path.read_text(encoding="utf-8")))
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
         if not between.search(text):
             raise SystemExit(f"{PAGE.name}: must have the mark <!-- {name} -->, got none")

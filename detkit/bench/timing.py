@@ -73,7 +73,7 @@ def clock(call: Call, device: torch.device, turn: int, repeats: int) -> float:
             call(turn + i)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / repeats
+        return float(start.elapsed_time(end)) / repeats
     read = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     begun = read()
     for i in range(repeats):
@@ -180,10 +180,10 @@ def peak_mib(call: Call, device: torch.device) -> float | None:
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call(0)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         ctypes.CDLL(None).malloc_trim(0)
