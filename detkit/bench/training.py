@@ -54,9 +54,9 @@ def bench_train(
     steps = next((t["train"]["steps"] for t in layers if "steps" in t.get("train", {})), STEPS)
     place, before = pick_device(device), torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    facts = machine(str(place))
     try:
         marks, images = _run(config, place, int(steps))
-        facts = machine(str(place))
     finally:
         torch.set_num_threads(before)
     facts["load_after"] = os.getloadavg()[0]
