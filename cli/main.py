@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "Write a detector as an ONNX file.",
     "models": "List backbones, detectors and recipes with parameters and MACs.",
     "data": "Check and make data sets.",
+    "bench": "Measure speed and memory: operators, a detector, training.",
     "doctor": "Show what is installed and which operator runs where, and why.",
     "demo": "Pre-train, fine-tune, decompose, evaluate, report on synthetic data, in minutes.",
 }
