@@ -26,7 +26,7 @@ build: build/.ext
 $(VENV)/.deps: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PY) -m venv $(VENV)
 	$(PIP) torch "setuptools>=77" ninja pybind11
-	DETKIT_SKIP_EXT=1 $(PIP) --no-build-isolation -C editable_mode=compat -e ".[dev,plots,onnx]"
+	DETKIT_SKIP_EXT=1 $(PIP) --no-build-isolation -C editable_mode=compat -e ".[dev,plots,onnx,fast-eval]"
 	touch $@
 
 # What the built files depend on besides the sources; written anew only when it changes.
@@ -74,7 +74,7 @@ gpu:
 	PYTHON=$(RUN) tools/gpu.sh
 
 bench: build/.ext
-	$(RUN) benchmarks/ops.py --json build/bench_ops.json
+	$(RUN) -m detkit.cli bench ops --save build/bench_ops.json
 
 fmt: $(DEPS)
 	$(RUN) -m ruff check -q --fix .

@@ -91,6 +91,14 @@ class ConvThenNorm(nn.Sequential):
         return conv_norm(conv, norm, x)
 
 
+def has_trained_norms(module: nn.Module) -> bool:
+    """Whether a batch norm inside takes statistics from what it sees, in training mode."""
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, FrozenBatchNorm2d)
+        for m in module.modules()
+    )
+
+
 class _AllReduceSum(torch.autograd.Function):
     """Sum over all processes whose gradient is the sum of all processes' gradients."""
 
