@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -33,11 +34,24 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, batch_size: int) -> Op
     if not groups:
         raise ConfigError("model: at least one parameter must be trainable, got none")
     lr = base_lr(optim, batch_size)
+    settings: dict[str, Any] = {"lr": lr, "fused": True}  # one pass over the weights
     if optim.name == "adamw":
-        optimizer: Optimizer = AdamW(groups, lr=lr, betas=(optim.momentum, 0.999))
-    else:
-        optimizer = SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov)
+        return AdamW(groups, betas=(optim.momentum, 0.999), **settings)
+    optimizer = SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, **settings)
+    if optim.momentum:
+        _start_momentum(optimizer)
     return optimizer
+
+
+def _start_momentum(optimizer: SGD) -> None:
+    """Give every parameter its momentum, 0.
+
+    torch's fused step fails where a parameter's first gradient comes later than those of others,
+    as a supernet's does. The first step is the same: a momentum of 0 becomes the gradient.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def base_lr(optim: OptimConfig, batch_size: int) -> float:
