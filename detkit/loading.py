@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from detkit import foreign
+from detkit import deploy, foreign
 from detkit.config import Config, from_plain, resolve, to_plain
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine.checkpoint import Checkpoint
@@ -181,7 +181,11 @@ def fixed_layers(stored: Checkpoint | None) -> Layers | None:
 
 
 def load(
-    path: str | Path, device: str = "cpu", overrides: Iterable[Mapping[str, Any]] = ()
+    path: str | Path,
+    device: str = "cpu",
+    overrides: Iterable[Mapping[str, Any]] = (),
+    *,
+    fast: bool = False,
 ) -> Loaded:
     """Rebuild the model of a checkpoint with its deployed weights (EMA where there is one).
 
@@ -189,14 +193,24 @@ def load(
         path: the checkpoint.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         overrides: layers of settings on top of the checkpoint's.
+        fast: give the model the form that detects fastest (:func:`detkit.deploy.fast`); boxes and
+            scores are the same up to rounding.
 
     Raises:
         CheckpointError: the file is no detkit checkpoint, or its weights do not fit the model.
-        ConfigError: an unknown setting or device.
+        ConfigError: an unknown setting or device; a supernet is to be fast.
     """
     stored = foreign.load(path)
     _tell_origin(stored, str(path))
-    return restore(stored, str(path), pick_device(device), overrides)
+    loaded = restore(stored, str(path), pick_device(device), overrides)
+    if not fast:
+        return loaded
+    if loaded.kind == "supernet":
+        raise ConfigError(
+            "load: fast must go with a single network, got a supernet, whose batch norms are each "
+            "path's own"
+        )
+    return replace(loaded, model=deploy.fast(loaded.model))
 
 
 def restore(

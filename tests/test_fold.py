@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detkit.config import resolve
+from detkit.deploy.fast import fast
 from detkit.deploy.fold import fold
 from detkit.models.necks.large_separable import LargeSeparableConv
 from detkit.models.norm import FrozenBatchNorm2d, SyncBatchNorm2d, normalise_rows
@@ -113,6 +114,25 @@ def test_detectors_detect_the_same(detector: str) -> None:
             assert torch.equal(got["labels"], expected["labels"])
             torch.testing.assert_close(got["boxes"], expected["boxes"], rtol=0, atol=0.01)
             torch.testing.assert_close(got["scores"], expected["scores"], rtol=0, atol=1e-4)
+
+
+def test_the_fast_form_stays_channels_last_and_detects_the_same() -> None:
+    """No map goes back to another layout on its way to the heads."""
+    names = {"detector": "frcnn-fpn", "backbone": "resnet50-tiny", "norm": "bn"}
+    small = {"model": {**names, "neck_channels": 32}, "box": {"channels": 64}}
+    model = randomised(build_detector(resolve([small]), 3))
+    quick = fast(model)
+    images, sizes = torch.randn(1, 3, 128, 160), torch.tensor([[128, 160]])
+    with torch.no_grad():
+        maps = quick.features(images)
+        (expected,), (got,) = model.detect(images, sizes), quick.detect(images, sizes)
+    for x in (maps["p2"], maps["p5"], maps["p6"]):
+        assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    assert not norms_of(quick)
+    assert len(expected["boxes"]) > 10
+    assert torch.equal(got["labels"], expected["labels"])
+    torch.testing.assert_close(got["boxes"], expected["boxes"], rtol=0, atol=0.01)
+    torch.testing.assert_close(got["scores"], expected["scores"], rtol=0, atol=1e-4)
 
 
 # --- learnt scales --------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ ALLOWED = {
 }
 ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
 ALLOWED["prediction"] = METHODS | DATA | ENGINE | {"report", "prediction"}
-ALLOWED["loading"] = METHODS | ENGINE | {"foreign", "loading", "prediction"}
+ALLOWED["loading"] = METHODS | ENGINE | {"deploy", "foreign", "loading", "prediction"}
 ALLOWED["supernet"] = set(ALLOWED) | {"supernet"}
 ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["fitness"] = set(ALLOWED) | {"fitness"}
