@@ -46,7 +46,10 @@ def make_truth(images: int, rng: np.random.Generator) -> Record:
     rows = zip(owner.tolist(), classes, boxes, areas, crowds, strict=True)
     keys = ("image_id", "category_id", "bbox", "area", "iscrowd")
     return {
-        "images": [{"id": i + 1, "width": 640, "height": 480} for i in range(images)],
+        "images": [
+            {"id": i + 1, "file_name": f"{i + 1:012}.jpg", "width": 640, "height": 480}
+            for i in range(images)
+        ],
         "annotations": [
             {"id": n} | dict(zip(keys, row, strict=True)) for n, row in enumerate(rows, 1)
         ],

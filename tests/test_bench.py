@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -128,6 +129,20 @@ def test_every_operator_has_cases_and_no_two_are_the_same() -> None:
     assert {case.op for case in cases} == set(_library.OPS)
     keys = [(case.op, case.size, case.part, case.dtype) for case in cases]
     assert len(set(keys)) == len(keys)
+
+
+def test_the_reference_of_a_backward_pass_is_the_reference() -> None:
+    """Its forward pass is made before anything is timed, and decides what runs backward."""
+    (case, *_) = [c for c in operators.all_cases() if c.part == "backward"]
+    modes = []
+
+    def calls(_: Setting) -> dict[str, timing.Call]:
+        modes.append(_library.MODE)
+        return {"detkit": lambda turn: modes.append(_library.MODE)}
+
+    run_reference = operators._by_reference(replace(case, calls=calls), Setting(CPU, 1, {}))
+    run_reference(0)
+    assert modes == ["reference", "reference"]
 
 
 def test_targets_name_cases_and_contestants() -> None:

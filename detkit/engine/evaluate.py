@@ -272,10 +272,10 @@ def _sizes(truth: Record) -> Sizes:
 
 def _box(record: Record, sizes: Sizes) -> list[float]:
     """Its box, or that around its mask."""
-    from pycocotools import mask
-
     if record.get("bbox"):
         return list(record["bbox"])
+    from pycocotools import mask  # here: on half a million boxes the import alone takes a second
+
     return [float(v) for v in mask.toBbox(_mask(record, [], sizes))]
 
 
