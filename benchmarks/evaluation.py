@@ -95,10 +95,10 @@ def run_pycocotools(truth: Path, detections: Path) -> list[float]:
 
 def run_detkit(truth: Path, detections: Path) -> list[float]:
     from detkit.engine.evaluate import evaluate
-    from detkit.engine.results import read_results
+    from detkit.engine.results import load_results
 
     read = json.loads(truth.read_text(encoding="utf-8"))
-    scores = evaluate(read, read_results(detections, read))["bbox"]
+    scores = evaluate(read, load_results(detections))["bbox"]
     return [-1.0 if scores[name] is None else scores[name] for name in NUMBERS]
 
 
