@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; every failure becomes one sentence and an exit code."""
     try:
-        result = cli.main(args=arguments, prog_name="detkit", standalone_mode=False)
+        line = list(arguments)  # for commands that start themselves in several processes
+        result = cli.main(arguments, prog_name="detkit", standalone_mode=False, obj=line)
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
