@@ -7,8 +7,10 @@ import importlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -132,8 +134,12 @@ def _unexpected(error: Exception, arguments: list[str]) -> int:
 def _fail(message: str, code: int, arguments: list[str]) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
+    in_json = "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)
     if "--json" in arguments and os.environ.get("RANK", "0") == "0":  # one object, of one process
         click.echo(json.dumps({"error": message, "exit_code": code}))
+    elif in_json:
+        event = {"time": round(time.time(), 3), "kind": "error", "message": message}
+        click.echo(json.dumps(event | {"exit_code": code}), err=True)
     else:
         click.echo(f"Error: {message}", err=True)
     return code

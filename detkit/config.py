@@ -607,6 +607,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 500
     """Steps between writes of last.pth."""
+    tensorboard: bool = False
+    """Write the lines of metrics.jsonl as TensorBoard's event files too (extra [tensorboard])."""
 
     def __post_init__(self) -> None:
         _one_of("train.amp", self.amp, ("off", "auto", "bf16", "fp16"))
