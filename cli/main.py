@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -110,7 +111,7 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         path = context.command_path if context else "detkit"
-        return _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`", 2, arguments)
+        return _fail(f"{_worded(error)}; see `{path} --help`", 2, arguments)
     except DetkitError as error:
         return _fail(str(error), error.exit_code, arguments)
     except OSError as error:
@@ -120,6 +121,16 @@ def run(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the last line of defence: our bug, told as one
         return _unexpected(error, arguments)
     return result if isinstance(result, int) else 0
+
+
+def _worded(error: click.ClickException) -> str:
+    """Click's message, with the nearest choice for a value that is none."""
+    text = error.format_message().rstrip(".")
+    kind = getattr(getattr(error, "param", None), "type", None)
+    wrong = re.search(r"'(.*)' is not one of", text)
+    if isinstance(kind, click.Choice) and wrong:
+        text += suggest(wrong[1], map(str, kind.choices))
+    return text
 
 
 def _unexpected(error: Exception, arguments: list[str]) -> int:

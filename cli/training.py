@@ -99,7 +99,8 @@ def _check_data(config: configs.Config, common: Common) -> None:
     if config.data.path == "synthetic" and not common.flags.get("data"):
         log.info("training on the built-in synthetic shapes; --data takes your own set")
     elif config.data.path != "synthetic" and not Path(config.data.path).exists():
-        raise ConfigError(f"--data: must exist, got {config.data.path!r}")
+        hint = configs.suggest_path(config.data.path)
+        raise ConfigError(f"--data: must exist, got {config.data.path!r}{hint}")
 
 
 def _train(
