@@ -74,7 +74,7 @@ gpu:
 	PYTHON=$(RUN) tools/gpu.sh
 
 bench: build/.ext
-	$(RUN) benchmarks/ops.py --json build/bench_ops.json
+	$(RUN) -m detkit.cli bench ops --save build/bench_ops.json
 
 fmt: $(DEPS)
 	$(RUN) -m ruff check -q --fix .

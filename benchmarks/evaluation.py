@@ -169,6 +169,7 @@ def compare(folder: Path, images: int, rounds: int) -> Record:
         pairs = list(zip(base, runs, strict=True))
         rows[name] = {
             "seconds": statistics.median(r["seconds"] for r in runs),
+            "cpu_seconds": statistics.median(r["cpu_seconds"] for r in runs),
             "times_faster": statistics.median(b["seconds"] / r["seconds"] for b, r in pairs),
             "peak_gib": max(r["peak_gib"] for r in runs),
             "largest_difference": max(
@@ -192,12 +193,15 @@ def main() -> None:
     if options.contestant:
         measure_here(options.contestant, Path(options.truth), Path(options.detections))
         return
+    from detkit.bench.machine import machine  # here: a contestant's process needs no torch
+
+    facts = machine()
     with tempfile.TemporaryDirectory() as scratch:
         rows = compare(options.folder or Path(scratch), options.images, options.rounds)
     for name, row in rows.items():
         print(f"{name:26}", "  ".join(f"{k} {v:.3g}" for k, v in row.items()))
     if options.json:
-        facts = {"cores": os.cpu_count(), "load_after": os.getloadavg()[0]}
+        facts["load_after"] = os.getloadavg()[0]
         result = {"images": options.images, "hardware": facts, "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

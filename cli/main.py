@@ -31,6 +31,7 @@ COMMANDS = {
     "export": "Write a detector as an ONNX file.",
     "models": "List backbones, detectors and recipes with parameters and MACs.",
     "data": "Check and make data sets.",
+    "bench": "Measure speed and memory: operators, a detector, training.",
     "doctor": "Show what is installed and which operator runs where, and why.",
     "demo": "Pre-train, fine-tune, decompose, evaluate, report on synthetic data, in minutes.",
 }
@@ -103,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; every failure becomes one sentence and an exit code."""
     try:
-        result = cli.main(args=arguments, prog_name="detkit", standalone_mode=False)
+        line = list(arguments)  # for commands that start themselves in several processes
+        result = cli.main(arguments, prog_name="detkit", standalone_mode=False, obj=line)
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -127,7 +129,7 @@ def _worded(error: click.ClickException) -> str:
     """Click's message, with the nearest choice for a value that is none."""
     text = error.format_message().rstrip(".")
     kind = getattr(getattr(error, "param", None), "type", None)
-    wrong = re.search(r"'(.*)' is not one of", text)
+    wrong = re.search(r"'([^']*)' is not one of", text)
     if isinstance(kind, click.Choice) and wrong:
         text += suggest(wrong[1], map(str, kind.choices))
     return text

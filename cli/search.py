@@ -50,6 +50,11 @@ log = logging.getLogger("detkit")
 )
 @click.option("--gpus", type=click.IntRange(1), help="Processes to search on, one per GPU.")
 @click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="Networks evaluated at once on a CPU, a process each.  [default: one per core]",
+)
+@click.option(
     "--export",
     "target",
     type=click.Path(path_type=Path),
@@ -63,6 +68,7 @@ def command(
     target: Path | None,
     resume: str | None,
     gpus: int | None,
+    processes: int | None,
     **options: Any,
 ) -> int:
     r"""Search the paths of a supernet for the fittest network within limits (DetNAS).
@@ -74,7 +80,7 @@ def command(
     Examples:
       detkit search
       detkit search supernet/best.pth --max-macs 300M --population 50 --generations 20 --out found
-      detkit search --out found --resume auto
+      detkit search --out found --resume auto --processes 2
       detkit search --method random --out chance
       detkit search found --export best.toml
     """
@@ -91,8 +97,11 @@ def command(
     if supernet is None:
         supernet = _known(common.out, resume) or _newest(layers)
         log.info("searching %s", supernet)
-    if gpus and gpus > 1 and "LOCAL_RANK" not in os.environ:
-        return api.launch_processes(gpus)
+    if "LOCAL_RANK" not in os.environ:
+        count, threads = detnas.processes(common.device, gpus, processes)
+        if count > 1:
+            line = click.get_current_context().obj
+            return api.launch_processes(count, line, threads=threads)
     if common.dry_run:
         _rehearse(common, supernet, layers, resume)
         return 0

@@ -54,7 +54,7 @@ def run_training(
     api.check_metric(kind, config)
     _check_data(config, common)
     if gpus and gpus > 1 and "LOCAL_RANK" not in os.environ:
-        return api.launch_processes(gpus)
+        return api.launch_processes(gpus, click.get_current_context().obj)
     if common.dry_run:
         _rehearse(kind, common, replace(settings, config=config), resume, init_from, allow_partial)
         return 0

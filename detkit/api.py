@@ -271,9 +271,13 @@ def with_length(config: Config) -> Config:
 # -- training
 
 
-def launch_processes(count: int) -> int:
-    """Run this very command line in ``count`` processes, one per GPU; returns their exit code."""
-    return distributed.launch(count, [sys.executable, "-m", "detkit.cli", *sys.argv[1:]])
+def launch_processes(count: int, arguments: Sequence[str], *, threads: int | None = None) -> int:
+    """Run a command line in ``count`` processes of this machine; returns their exit code.
+
+    ``threads`` as of :func:`detkit.engine.distributed.launch`.
+    """
+    line = [sys.executable, "-m", "detkit.cli", *arguments]
+    return distributed.launch(count, line, threads=threads)
 
 
 def train(

@@ -736,8 +736,8 @@ class SearchConfig:
     batch_size: int = 8
     """Images detected at once; only those of one padded size go together."""
     cache_mib: int = 8192
-    """Memory of each process for decoded and resized images; what does not fit is read again for
-    every network."""
+    """Memory of all processes of a machine for decoded and resized images, which each keeps for
+    itself; what does not fit is read again for every network."""
     retries: int = 1
     """How often an evaluation that broke off is tried again before it counts as failed."""
     early_stop: float = 0.0

@@ -544,6 +544,35 @@ def image_size(opened: Opened) -> tuple[int, int]:
     return padded_size(opened.config)
 
 
+def processes(
+    device: str, gpus: int | None = None, wanted: int | None = None
+) -> tuple[int, int | None]:
+    """How many processes `detkit search` shares a search between, and threads of each.
+
+    On a CPU one per thread that torch would take (cores, or ``OMP_NUM_THREADS``): networks side by
+    side on one thread each are faster than one network on all threads.
+
+    Args:
+        device: As of :func:`search`.
+        gpus: What --gpus says.
+        wanted: What --processes says.
+
+    Raises:
+        ConfigError: --processes for a GPU, or together with --gpus.
+    """
+    on_cpu = pick_device(device).type == "cpu"
+    if wanted and (gpus or not on_cpu):
+        raise ConfigError(
+            f"--processes: must be left to searches on a CPU, got {wanted}; --gpus takes as many "
+            "GPUs"
+        )
+    if gpus or not on_cpu:
+        return gpus or 1, None
+    threads = torch.get_num_threads()
+    count = wanted or threads
+    return count, max(1, threads // count)
+
+
 def newest_supernet(fitness: str = "detection") -> str:
     """``best.pth``, else ``last.pth``, of the newest run that trained a supernet.
 

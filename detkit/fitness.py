@@ -25,6 +25,7 @@ from detkit.config import Config, SearchConfig
 from detkit.data import ClassificationDataset, DetectionDataset, open_classification, open_detection
 from detkit.data.cache import MIB, CachedBatches, evaluation_keys, training_keys
 from detkit.engine import checkpoint as checkpoints
+from detkit.engine import distributed
 from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.classification import top1
 from detkit.engine.evaluate import Scorer, detect_dataset
@@ -244,7 +245,7 @@ class Fitness:
         config, search = opened.config, opened.config.search
         local = {k: "bn" for k in ("norm", "head_norm") if getattr(config.model, k) == "sync_bn"}
         loaded = restore(opened.stored, opened.file, device, [{"model": local}])
-        limit = search.cache_mib * MIB
+        limit = search.cache_mib * MIB // distributed.local_world_size()
         seen = replace(config, train=replace(config.train, batch_size=search.calibration_batch))
         log.info(
             "reading %d batches of %d training images for the norms",

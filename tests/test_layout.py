@@ -45,6 +45,7 @@ ALLOWED["api"] = set(ALLOWED) | {"api"}
 ALLOWED["rehearsal"] = set(ALLOWED) | {"rehearsal"}
 ALLOWED["comparison"] = set(ALLOWED) | {"comparison"}
 ALLOWED["reporting"] = set(ALLOWED) | {"reporting"}
+ALLOWED["bench"] = set(ALLOWED) | {"bench"}
 ALLOWED["demo"] = set(ALLOWED) | {"demo"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 FREE_OF_TORCH = ("detkit/__init__.py", "detkit/config.py", "detkit/errors.py", "cli")

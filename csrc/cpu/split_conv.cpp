@@ -13,7 +13,8 @@ using Ints = std::vector<int64_t>;
 
 Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
                     const std::optional<Tensor>& bias, const Ints& dilations, const Ints& stride,
-                    int64_t groups) {
+                    int64_t groups, int64_t algorithm) {
+  check_algorithm("split_conv2d", algorithm, false);
   const auto parts = split_parts(input, weights, bias, dilations, stride, groups);
   const RoadMap output = make_output(input, parts[0].shape);
   const Tensor x = prepared(input);

@@ -19,7 +19,9 @@
 #include <utility>
 #include <vector>
 
+#define DETKIT_EMULATED_CUDA
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -29,6 +31,13 @@
 using cudaStream_t = void*;
 using cudaError_t = int;
 inline cudaError_t cudaGetLastError() { return 0; }
+
+// A small device of compute capability 8.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 8;
+  return 0;
+}
 
 struct dim3 {
   unsigned x, y, z;
