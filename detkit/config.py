@@ -895,7 +895,10 @@ def parse_override(text: str) -> Layer:
     parts = key.strip().split(".")
     if not sign or len(parts) != 2:
         plain = to_plain(Config())
-        keys = {key: f"{table}.{key}" for table, values in plain.items() for key in values}
+        keys: dict[str, str] = {}
+        for table, values in plain.items():
+            for name in values:  # of two tables the first one's
+                keys.setdefault(name, f"{table}.{name}")
         near = difflib.get_close_matches(key.strip(), keys, n=1, cutoff=0.6) if sign else []
         hint = f"did you mean {keys[near[0]]!r}?" if near else "for example --set optim.lr=0.01"
         raise ConfigError(f"--set: must read table.key=value, got {text!r}; {hint}")
