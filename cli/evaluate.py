@@ -78,7 +78,7 @@ def command(
     picture: Path | None,
     **options: Any,
 ) -> None:
-    r"""Score CHECKPOINT, by default the newest detector run, on a data set.
+    """Score CHECKPOINT, by default the newest detector run, on a data set.
 
     \b
     Examples:

@@ -81,7 +81,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="detkit")
 def cli() -> None:
-    r"""Design, train, slim, search and deploy convolutional object detectors.
+    """Design, train, slim, search and deploy convolutional object detectors.
 
     \b
     Examples:

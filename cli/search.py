@@ -71,7 +71,7 @@ def command(
     processes: int | None,
     **options: Any,
 ) -> int:
-    r"""Search the paths of a supernet for the fittest network within limits (DetNAS).
+    """Search the paths of a supernet for the fittest network within limits (DetNAS).
 
     Without SUPERNET it takes the newest run that trained one; a search that was killed goes on
     with --resume auto.

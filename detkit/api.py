@@ -37,7 +37,7 @@ from detkit.engine import distributed
 from detkit.engine.classification import top1
 from detkit.engine.evaluate import detect_dataset
 from detkit.engine.evaluate import evaluate as score
-from detkit.engine.results import read_results
+from detkit.engine.results import load_results
 from detkit.engine.run import RunFolder, check_new, create_run, newest_run, same_run
 from detkit.engine.summary import NUMBERS
 from detkit.engine.tensorboard import require_tensorboard
@@ -661,7 +661,13 @@ def evaluate(
         config = configs.resolve(overrides)
         dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
         truth = dataset.truth()
-        scores = score(truth, read_results(detections, truth), analysis=analysis, metric=metric)
+        scores = score(
+            truth,
+            load_results(detections),
+            analysis=analysis,
+            metric=metric,
+            source=str(detections),
+        )
         return with_fixes(scores, dataset)
     if checkpoint is None:
         raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")
