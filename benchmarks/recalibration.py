@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from hardware import machine
 
 from detkit import config as configs
+from detkit.bench.machine import machine
 from detkit.data import eval_batches
 from detkit.data.dataset import DetectionDataset
 from detkit.engine import checkpoint as checkpoints

@@ -36,10 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import machine
 from torch import nn
 
 from detkit import config as configs
+from detkit.bench.machine import machine
 from detkit.data import eval_batches, train_batches
 from detkit.data.dataset import DetectionDataset
 from detkit.engine import checkpoint as checkpoints
