@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hardware import machine
 from train_detectors import detkit
 
+from detkit.bench.machine import machine
 from detkit.config import SearchConfig
 from detkit.detnas import run_search
 from detkit.models.search_space import Genes, SearchSpace

@@ -28,9 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hardware import machine
-
 from detkit import api, pod
+from detkit.bench.machine import machine
 from detkit.data import synthetic
 from detkit.engine import checkpoint as checkpoints
 from detkit.errors import ConfigError

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hardware import machine
 from torch import Tensor, nn
 
 from detkit import ops, scales
+from detkit.bench.machine import machine
 from detkit.config import resolve
 from detkit.deploy import fold
 from detkit.models import build_detector

@@ -1,12 +1,15 @@
-"""Networks per hour of a search, against a loop that starts from nothing for each of them.
+"""Networks per hour of a search as a user runs it, against two loops that keep nothing.
 
-    python benchmarks/search_speed.py [SUPERNET] [--networks 4] [--set search.calibration_steps=25]
-        [--early 0.5] [--json FILE]
+    python benchmarks/search_speed.py [SUPERNET] [--rounds 3] [--networks 8]
+        [--set search.calibration_steps=25] [--early 0.5] [--json FILE]
 
-The straightforward loop builds the model and reads its checkpoint, opens the data, decodes and
-resizes every image and prepares the truth for each network, and detects one image at a time. Both
-take turns, network by network, and must agree in every metric to the last digit. Without SUPERNET a
-random one of the tiny space is searched on the synthetic set.
+``search`` is `detkit search`, a process of one thread per core. ``straightforward`` is one process
+on all cores that builds the model and reads its checkpoint, opens the data, decodes and resizes
+every image and prepares the truth for each network, and detects one image at a time. ``published``
+does the same as the released code of DetNAS does it: a fresh process averages the norms and writes
+the whole model, a second one reads and scores it. All three take turns and must agree in every
+metric to the last digit. Without SUPERNET a random one of the tiny space is searched on the
+synthetic set.
 
 With ``--early SHARE`` networks are also scored after that share of the images, nobody is dropped,
 and the ranking error of the early stop of the settings is reported.
@@ -17,20 +20,26 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
+import multiprocessing
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from detkit import config as configs
+from detkit.bench.machine import machine
 from detkit.data import eval_batches, train_batches
 from detkit.data.dataset import DetectionDataset
 from detkit.engine import checkpoint as checkpoints
@@ -48,6 +57,8 @@ from detkit.nas.paths import UniformPaths
 from detkit.types import Batch
 
 Metrics = dict[str, float | None]
+Overrides = list[Mapping[str, Any]]
+WAYS = ("published", "straightforward", "search")
 
 
 def random_supernet(folder: Path) -> Path:
@@ -88,66 +99,180 @@ def calibration(opened: Opened) -> Iterator[Batch]:
     return (part for (part,) in islice(batches, search.calibration_steps))
 
 
-def straightforward(file: str, overrides: list[Mapping[str, Any]], genes: Genes) -> Metrics:
+def parsed(settings: list[str]) -> Overrides:
+    """Layers of settings of texts like ``search.calibration_steps=12``."""
+    return [configs.parse_override(text) for text in settings]
+
+
+def own_norms(opened: Opened, model: nn.Module, genes: Genes) -> dict[str, torch.Tensor]:
+    """Statistics of a path, from images read anew."""
+    find_supernet(model).set_path(genes)
+    momentum = opened.config.search.calibration_momentum or None
+    return calibrate(model, calibration(opened), momentum=momentum, seed=opened.config.train.seed)
+
+
+def score(opened: Opened, model: nn.Module) -> Metrics:
+    """Metrics of a model that runs a path, one image at a time."""
+    images = opened.images
+    if not isinstance(images, DetectionDataset):
+        raise TypeError("benchmark: the supernet must be a detector")
+    rows = detect_dataset(model, eval_batches(images, opened.config), images.categories, "cpu")
+    return dict(evaluate(images.truth(), rows, iou_types=("bbox",))["bbox"])
+
+
+def straightforward(file: str, overrides: Overrides, genes: Genes) -> Metrics:
     """Metrics of one network, everything from its file on done for it alone."""
     opened = open_supernet(file, overrides)
     stored: Checkpoint = checkpoints.load(file)
     model = restore(stored, file).model
-    images = opened.images
-    if not isinstance(images, DetectionDataset):
-        raise TypeError("benchmark: the supernet must be a detector")
-    find_supernet(model).set_path(genes)
-    momentum = opened.config.search.calibration_momentum or None
-    norms = calibrate(model, calibration(opened), momentum=momentum, seed=opened.config.train.seed)
+    norms = own_norms(opened, model, genes)
     with torch.no_grad(), with_statistics(model, norms):
-        rows = detect_dataset(model, eval_batches(images, opened.config), images.categories, "cpu")
-    return dict(evaluate(images.truth(), rows, iou_types=("bbox",))["bbox"])
+        return score(opened, model)
 
 
-def taken(run: Callable[[], Any]) -> tuple[Any, float]:
-    begun = time.perf_counter()
+def published(file: str, settings: list[str], genes: Genes) -> Metrics:
+    """The same in two fresh processes with a checkpoint of the whole model between them."""
+    with tempfile.TemporaryDirectory() as folder:
+        between, answer = str(Path(folder) / "path.pth"), str(Path(folder) / "metrics.json")
+        for step, target in ((_calibrated, between), (_scored, answer)):
+            arguments = (file, settings, genes, between, target, torch.get_num_threads())
+            process = multiprocessing.get_context("spawn").Process(target=step, args=arguments)
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"{step.__name__}: must succeed, got exit code {process.exitcode}")
+        found: Metrics = json.loads(Path(answer).read_text(encoding="utf-8"))
+        return found
+
+
+def _calibrated(
+    file: str, settings: list[str], genes: Genes, _: str, target: str, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    opened = open_supernet(file, parsed(settings))
+    model = restore(opened.stored, file).model
+    model.load_state_dict(own_norms(opened, model, genes), strict=False)
+    torch.save(model.state_dict(), target)
+
+
+def _scored(
+    file: str, settings: list[str], genes: Genes, between: str, target: str, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    opened = open_supernet(file, parsed(settings))
+    model = restore(opened.stored, file).model.eval()
+    model.load_state_dict(torch.load(between, weights_only=True))
+    find_supernet(model).set_path(genes)
+    with torch.no_grad():
+        metrics = score(opened, model)
+    Path(target).write_text(json.dumps(metrics), encoding="utf-8")
+
+
+def search(file: str, settings: list[str], networks: int, seed: int) -> list[dict[str, Any]]:
+    """Lines of a search that evaluates ``networks`` random networks on all threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "search")
+        line = [sys.executable, "-m", "detkit.cli", "search", file, "--out", out, "--seed"]
+        line += [str(seed), "--population", str(networks), "--generations", "1"]
+        line += ["--device", "cpu", *(part for text in settings for part in ("--set", text))]
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        subprocess.run(line, check=True, capture_output=True, env=os.environ | threads)
+        text = (Path(out) / "candidates.jsonl").read_text(encoding="utf-8")
+    return [json.loads(row) for row in text.splitlines()]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one network took: seconds on the clock, and of all processors."""
+
+    wall: float
+    cpu: float
+
+
+def taken(run: Callable[[], Any]) -> tuple[Any, Cost]:
+    """What ``run`` gives, and what it cost with the processes it started."""
+    clock, busy = time.perf_counter(), processor_seconds()
     found = run()
-    return found, time.perf_counter() - begun
+    return found, Cost(time.perf_counter() - clock, processor_seconds() - busy)
 
 
-def compare(file: str, overrides: list[Mapping[str, Any]], networks: int) -> dict[str, Any]:
-    """Both ways in turns, after one network to warm up."""
+def processor_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    use = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in use)
+
+
+def alone(run: Callable[[], Any]) -> float:
+    """Processor seconds of ``run`` on one thread, as in a process of a search."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _, cost = taken(run)
+    torch.set_num_threads(threads)
+    return cost.cpu
+
+
+def pace(lines: list[dict[str, Any]]) -> float:
+    """Seconds per network of a search that is under way: of the process that took longest."""
+    busy: dict[int, float] = {}
+    for line in lines:
+        busy[line["rank"]] = busy.get(line["rank"], 0.0) + line["seconds"]
+    return max(busy.values()) / len(lines)
+
+
+def compare(file: str, settings: list[str], rounds: int, networks: int) -> dict[str, Any]:
+    """All ways in turns; a search evaluates several networks, the others its first one."""
+    overrides = parsed(settings)
     opened = open_supernet(file, overrides)
-    fitness, setup = taken(lambda: Fitness(opened, torch.device("cpu")))
-    sampler = UniformPaths(opened.space, 1)
-    seconds: dict[str, list[float]] = {"straightforward": [], "search": []}
-    for step in range(networks + 1):
-        genes = sampler(step)
-        slow, slow_seconds = taken(partial(straightforward, file, overrides, genes))
-        fast, fast_seconds = taken(partial(fitness, genes))
-        shown = {k: None if math.isnan(v) else v for k, v in fast.items()}
-        if shown != slow:
-            raise SystemExit(f"{opened.space.text(genes)}: {shown} is not {slow}")
-        if step:
-            seconds["straightforward"].append(slow_seconds)
-            seconds["search"].append(fast_seconds)
-        text = f"{opened.space.text(genes)}  AP {slow['AP']}"
-        print(f"{text}  {slow_seconds:.2f} s, {fast_seconds:.2f} s")
-    middle = {way: statistics.median(values) for way, values in seconds.items()}
+    fitness = Fitness(opened, torch.device("cpu"))
+    costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
+    for step in range(rounds):
+        lines = search(file, settings, networks, step)
+        first = next(line for line in lines if line["index"] == 0)
+        genes = opened.space.parse(first["genes"])
+        costs["search"].append(Cost(pace(lines), alone(partial(fitness, genes))))
+        others = {
+            "published": partial(published, file, settings, genes),
+            "straightforward": partial(straightforward, file, overrides, genes),
+        }
+        for way, run in others.items():
+            metrics, cost = taken(run)
+            if metrics != first["metrics"]:
+                raise SystemExit(f"{first['genes']}, {way}: {metrics} is not {first['metrics']}")
+            costs[way].append(cost)
+        shown = ", ".join(f"{way} {costs[way][-1].wall:.2f} s" for way in WAYS)
+        print(f"{first['genes']}  AP {first['fitness']:.4f}  {shown}", flush=True)
     return {
         "supernet": file,
+        "machine": machine(),
         "images": len(opened.images),
         "calibration": [
             opened.config.search.calibration_steps,
             opened.config.search.calibration_batch,
         ],
-        "threads": torch.get_num_threads(),
-        "setup_seconds": setup,
-        "seconds": middle,
-        "networks_per_hour": {way: 3600 / value for way, value in middle.items()},
-        "ratio": middle["straightforward"] / middle["search"],
         "identical": True,
+        "networks_of_a_search": networks,
+        "seconds": _table({way: [c.wall for c in found] for way, found in costs.items()}),
+        "processor_seconds": _table({way: [c.cpu for c in found] for way, found in costs.items()}),
     }
 
 
-def early_error(
-    file: str, overrides: list[Mapping[str, Any]], share: float, networks: int
-) -> dict[str, Any]:
+def _table(found: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Of each way: seconds of each round, networks per hour at their median, ratio to the search.
+
+    The ratio is the median of the rounds' own, since what else the machine does changes.
+    """
+    ours = found["search"]
+    return {
+        way: {
+            "each": [round(value, 3) for value in values],
+            "per_hour": round(3600 / statistics.median(values), 1),
+            "ratio": round(statistics.median(v / o for v, o in zip(values, ours, strict=True)), 3),
+        }
+        for way, values in found.items()
+    }
+
+
+def early_error(file: str, overrides: Overrides, share: float, networks: int) -> dict[str, Any]:
     """Ranking error of an early stop after ``share`` of the images, on random networks."""
     opened = open_supernet(file, [*overrides, {"search": {"early_stop": share}}])
     fitness, search = Fitness(opened, torch.device("cpu")), opened.config.search
@@ -166,18 +291,21 @@ def early_error(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("supernet", nargs="?")
-    parser.add_argument("--networks", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--networks", type=int, default=8)
     parser.add_argument("--early", type=float, default=0.0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    overrides: list[Mapping[str, Any]] = [configs.parse_override(text) for text in options.set]
+    overrides = parsed(options.set)
     with tempfile.TemporaryDirectory() as folder:
         file = options.supernet or str(random_supernet(Path(folder)))
-        result = compare(file, overrides, options.networks)
+        result = {}
+        if options.rounds:
+            result = compare(file, options.set, options.rounds, options.networks)
         if options.early:
-            result["early_stop"] = early_error(file, overrides, options.early, options.networks * 8)
+            result["early_stop"] = early_error(file, overrides, options.early, options.networks * 3)
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:

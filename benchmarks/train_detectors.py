@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import machine
 
 from detkit import api, config
+from detkit.bench.machine import machine
 from detkit.data import eval_batches, open_detection
 from detkit.models import DETECTORS
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from detkit.cli.options import Common, Tables, common_options, emit
+from detkit.cli.options import Common, common_options, emit
 
 
 @click.command("demo")
@@ -16,7 +16,7 @@ from detkit.cli.options import Common, Tables, common_options, emit
 )
 @common_options()
 def command(common: Common, steps: int | None) -> None:
-    r"""The whole road on synthetic shapes, in five minutes on two CPU cores: pre-train, fine-tune
+    """The whole road on synthetic shapes, in five minutes on two CPU cores: pre-train, fine-tune
     with learnt scales, decompose them, fine-tune the plain net, evaluate it, write a report.
 
     \b
@@ -24,17 +24,21 @@ def command(common: Common, steps: int | None) -> None:
       detkit demo
       detkit demo --steps 20 --out demo
     """
-    extra: list[Tables] = [{"train": {"steps": steps}}] if steps else []
+    if steps:
+        common = common.with_flags("train", {"steps": steps})
     if common.dry_run:
-        plan = {
-            "dry_run": True,
-            "parts": ["pretrain", "finetune", "decompose", "fast", "eval", "report"],
-            "out": str(common.out or "runs/demo"),
-        }
-        emit(common, plan, lambda: click.echo(plan))
+        _rehearse(common)
         return
-    result = _run(common, [*common.layers(), *extra])
+    result = _run(common, common.layers())
     emit(common, result, lambda: _show(result))
+
+
+def _rehearse(common: Common) -> None:
+    from detkit.cli.rehearsal import show_demo
+    from detkit.rehearsal import rehearse_demo
+
+    found = rehearse_demo(common.layers(), out=common.out, device=common.device)
+    emit(common, found, lambda: show_demo(found))
 
 
 def _run(common: Common, layers: list[Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _EXTRAS = {
 @click.command("doctor")
 @common_options()
 def command(common: Common) -> None:
-    r"""Show what is installed, which operator runs on which kernel and why, and what to do.
+    """Show what is installed, which operator runs on which kernel and why, and what to do.
 
     \b
     Example:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from detkit.cli.options import Common, Tables, common_options, emit
+from detkit.cli.options import Common, common_options, emit
 from detkit.errors import ConfigError
 
 _COCO_TREE = """annotations/instances_train2017.json
@@ -74,7 +75,7 @@ def command(
     picture: Path | None,
     **options: Any,
 ) -> None:
-    r"""Score CHECKPOINT, by default the newest detector run, on a data set.
+    """Score CHECKPOINT, by default the newest detector run, on a data set.
 
     \b
     Examples:
@@ -96,7 +97,9 @@ def command(
             "",
         )  # `--coco best.pth`: the value was meant as the checkpoint
     path = data if coco is None else _coco_folder(coco)
-    overrides: list[Any] = [*common.layers(), *([{"data": {"images": images}}] if images else [])]
+    if images:
+        common = common.with_flags("data", {"images": images})
+    overrides = common.layers()
     if compare is not None:
         _refuse_beside_compare(checkpoint, options)
         place: dict[str, Any] = {"data": path, "split": split}
@@ -164,7 +167,7 @@ def _evaluate(
     checkpoint: Path | None,
     path: str | None,
     split: str,
-    overrides: list[Tables],
+    overrides: list[Mapping[str, Any]],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     from detkit import api
@@ -197,7 +200,7 @@ def _refuse_beside_compare(checkpoint: Path | None, options: dict[str, Any]) -> 
 def _compare(
     common: Common,
     pair: tuple[str, str],
-    overrides: list[Tables],
+    overrides: list[Mapping[str, Any]],
     options: dict[str, Any],
     picture: Path | None,
 ) -> None:

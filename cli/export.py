@@ -37,7 +37,7 @@ def command(
     size: str | None,
     **options: Any,
 ) -> None:
-    r"""Write CHECKPOINT, by default the newest detector run, as an ONNX file.
+    """Write CHECKPOINT, by default the newest detector run, as an ONNX file.
 
     Raw images go in, detections come out: normalisation and suppression are inside. Only standard
     operators are used; batch, height and width are free.

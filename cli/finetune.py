@@ -44,7 +44,7 @@ from detkit.errors import ConfigError
     "--batch-size",
 )
 def command(common: Common, collect_scales: Path | None, **options: Any) -> int:
-    r"""Train a detector on a COCO, VOC or YOLO set, or on synthetic shapes.
+    """Train a detector on a COCO, VOC or YOLO set, or on synthetic shapes.
 
     Without arguments it starts from the newest pretrain run and the synthetic set.
 

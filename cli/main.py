@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "Write a detector as an ONNX file.",
     "models": "List backbones, detectors and recipes with parameters and MACs.",
     "data": "Check and make data sets.",
+    "bench": "Measure speed and memory: operators, a detector, training.",
     "doctor": "Show what is installed and which operator runs where, and why.",
     "demo": "Pre-train, fine-tune, decompose, evaluate, report on synthetic data, in minutes.",
 }
@@ -77,7 +78,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="detkit")
 def cli() -> None:
-    r"""Design, train, slim, search and deploy convolutional object detectors.
+    """Design, train, slim, search and deploy convolutional object detectors.
 
     \b
     Examples:
@@ -100,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line; every failure becomes one sentence and an exit code."""
     try:
-        result = cli.main(args=arguments, prog_name="detkit", standalone_mode=False)
+        line = list(arguments)  # for commands that start themselves in several processes
+        result = cli.main(arguments, prog_name="detkit", standalone_mode=False, obj=line)
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):

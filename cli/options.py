@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import click
 
 from detkit import config as configs
 from detkit.errors import ConfigError
+
+log = logging.getLogger("detkit")
 
 Command = Callable[..., Any]
 Tables = dict[str, dict[str, Any]]
@@ -38,15 +40,34 @@ class Common:
     flags: Tables = field(default_factory=dict)
 
     def layers(self) -> list[Mapping[str, Any]]:
-        """Config file, flags, ``--set`` and ``--seed``, in the order they apply."""
+        """Config file, flags (``--seed`` is one) and ``--set``, in the order they apply."""
         layers: list[Mapping[str, Any]] = []
         if self.config_file:
-            layers.append(configs.read_toml(self.config_file))
-        layers.append(self.flags)
-        layers += [configs.parse_override(text) for text in self.overrides]
-        if self.seed is not None:
-            layers.append({"train": {"seed": self.seed}})
-        return layers
+            tables = configs.read_toml(self.config_file)
+            layers.append(configs.Layer(tables, f"config file {self.config_file}"))
+        layers.append(configs.Layer(self._given(), flag_of))
+        return layers + [configs.parse_override(text) for text in self.overrides]
+
+    def _given(self) -> Tables:
+        """Settings by flags."""
+        if self.seed is None:
+            return self.flags
+        return {**self.flags, "train": {**self.flags.get("train", {}), "seed": self.seed}}
+
+    def with_flags(self, table: str, values: Mapping[str, Any]) -> Common:
+        """With flags of one command that write settings."""
+        return replace(self, flags={**self.flags, table: {**self.flags.get(table, {}), **values}})
+
+    def overridden(self) -> list[str]:
+        """Flags that a ``--set`` of another value replaces, told in one sentence each."""
+        flags = self._given()
+        return [
+            f"--set {table}.{key}={value} goes before {flag_of(table, key)} {flags[table][key]}"
+            for layer in map(configs.parse_override, self.overrides)
+            for table, values in layer.items()
+            for key, value in values.items()
+            if flags.get(table, {}).get(key, value) != value
+        ]
 
 
 def _recipes(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
@@ -89,7 +110,11 @@ _COMMON = (
         shell_complete=_recipes,
         help="Settings that detkit ships (`detkit models` lists them), or a .toml file.",
     ),
-    click.option("--dry-run", is_flag=True, help="Show what would run and stop."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Write nothing, show what would run; a training does two steps to say what it takes.",
+    ),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
 
@@ -129,6 +154,15 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+_FLAGS = {(table, key): flag for flag, (table, key, _) in _SETTINGS.items()}
+_FLAGS["search", "max_latency_ms"] = "--max-latency"
+
+
+def flag_of(table: str, key: str) -> str:
+    """The option that writes a setting, given that one does."""
+    return _FLAGS.get((table, key), f"--{key.replace('_', '-')}")
+
+
 def common_options(*flags: str) -> Callable[[Command], Command]:
     """Add the shared options and the named setting flags; the command gets all as ``common``."""
 
@@ -137,6 +171,8 @@ def common_options(*flags: str) -> Callable[[Command], Command]:
         def wrapper(**values: Any) -> Any:
             common = _collect(flags, values)
             configure_logging(common)
+            for line in common.overridden():
+                log.info("%s", line)
             return function(common=common, **values)
 
         decorated: Command = wrapper
@@ -187,17 +223,3 @@ def emit(common: Common, result: Any, show: Callable[[], None]) -> None:
         click.echo(json.dumps(result))
     else:
         show()
-
-
-def show_plan(common: Common, config: configs.Config, plan: dict[str, Any]) -> None:
-    """What ``--dry-run`` prints: the plan and the resolved config."""
-    import tomli_w
-
-    plain = configs.to_plain(config)
-
-    def show() -> None:
-        for key, value in plan.items():
-            click.echo(f"# {key}: {value}")
-        click.echo(tomli_w.dumps(plain), nl=False)
-
-    emit(common, {"dry_run": True, **plan, "config": plain}, show)

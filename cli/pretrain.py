@@ -24,7 +24,7 @@ from detkit.cli.training import run_training, training_options
     "--batch-size",
 )
 def command(common: Common, **options: Any) -> int:
-    r"""Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).
+    """Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).
 
     \b
     Examples:

@@ -47,6 +47,11 @@ _PLAIN = ("method", "fitness", "population", "generations", "split", "latency_de
 )
 @click.option("--gpus", type=click.IntRange(1), help="Processes to search on, one per GPU.")
 @click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="Networks evaluated at once on a CPU, a process each.  [default: one per core]",
+)
+@click.option(
     "--export",
     "target",
     type=click.Path(path_type=Path),
@@ -60,9 +65,10 @@ def command(
     target: Path | None,
     resume: str | None,
     gpus: int | None,
+    processes: int | None,
     **options: Any,
 ) -> int:
-    r"""Search the paths of a supernet for the fittest network within limits (DetNAS).
+    """Search the paths of a supernet for the fittest network within limits (DetNAS).
 
     Without SUPERNET it takes the newest run that trained one; a search that was killed goes on
     with --resume auto.
@@ -71,7 +77,7 @@ def command(
     Examples:
       detkit search
       detkit search supernet/best.pth --max-macs 300M --population 50 --generations 20 --out found
-      detkit search --out found --resume auto
+      detkit search --out found --resume auto --processes 2
       detkit search --method random --out chance
       detkit search found --export best.toml
     """
@@ -88,12 +94,14 @@ def command(
     if supernet is None:
         supernet = _known(common.out, resume) or _newest(layers)
         click.echo(f"searching {supernet}", err=True)
+    if "LOCAL_RANK" not in os.environ:
+        count, threads = detnas.processes(common.device, gpus, processes)
+        if count > 1:
+            line = click.get_current_context().obj
+            return api.launch_processes(count, line, threads=threads)
     if common.dry_run:
-        found = {"dry_run": True, **detnas.plan(supernet, layers)}
-        emit(common, found, lambda: _show_plan(found))
+        _rehearse(common, supernet, layers, resume)
         return 0
-    if gpus and gpus > 1 and "LOCAL_RANK" not in os.environ:
-        return api.launch_processes(gpus)
     from detkit.cli.progress import SearchBar
 
     with SearchBar() as bar:
@@ -119,8 +127,7 @@ def _layers(common: Common, options: Mapping[str, Any]) -> list[Mapping[str, Any
         table["max_latency_ms"] = options["max_latency"]
     if common.seed is not None:
         table["seed"] = common.seed
-    flags = {**common.flags, "search": table} if table else common.flags
-    return replace(common, flags=flags, seed=None).layers()
+    return replace(common.with_flags("search", table), seed=None).layers()
 
 
 def count(option: str, text: str) -> int:
@@ -178,14 +185,17 @@ def _export(
     return 0
 
 
-def _show_plan(found: Mapping[str, Any]) -> None:
-    import tomli_w
+def _rehearse(
+    common: Common, supernet: str, layers: list[Mapping[str, Any]], resume: str | None
+) -> None:
+    from detkit import detnas
+    from detkit.cli.rehearsal import show_search
 
-    for key, value in found.items():
-        if key != "config":
-            click.echo(f"# {key}: {value}")
-    tables = {name: found["config"][name] for name in ("search", "data", "eval")}
-    click.echo(tomli_w.dumps(tables), nl=False)
+    found = detnas.rehearse_search(
+        supernet, layers, out=common.out, device=common.device, resume=resume
+    )
+    if os.environ.get("RANK", "0") == "0":
+        emit(common, found, lambda: show_search(found))
 
 
 def _show(result: Mapping[str, Any]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from detkit import config as configs
-from detkit.cli.options import Common, emit, show_plan
+from detkit.cli.options import Common, emit
 from detkit.errors import ConfigError
 
 
@@ -43,29 +44,46 @@ def run_training(
         init_from = api.newest_checkpoint("pretrain", required=False)
         found = f"starting from {init_from}" if init_from else "no pretrain run: from scratch"
         click.echo(found, err=True)
-    config = api.resolve_config(
+    settings = api.resolve_settings(
         kind, common.layers(), recipe=common.recipe, init_from=init_from, resume=resume
     )
-    config = api.with_length(config)
+    config = api.with_length(settings.config)
     api.check_metric(kind, config)
     _check_data(config, common)
-    if common.dry_run:
-        show_plan(common, config, api.training_plan(kind, config, _source(init_from, resume)))
-        return 0
     if gpus and gpus > 1 and "LOCAL_RANK" not in os.environ:
-        return api.launch_processes(gpus)
+        return api.launch_processes(gpus, click.get_current_context().obj)
+    if common.dry_run:
+        _rehearse(kind, common, replace(settings, config=config), resume, init_from, allow_partial)
+        return 0
     result = _train(kind, common, config, resume, init_from, allow_partial)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one reports
         emit(common, result, lambda: _show(result))
     return 0
 
 
-def _source(init_from: str | None, resume: str | None) -> str | None:
-    """The checkpoint a training would begin with."""
-    if resume in (None, "auto"):
-        return init_from
-    path = Path(str(resume))
-    return str(path / "last.pth" if path.is_dir() else path)
+def _rehearse(
+    kind: str,
+    common: Common,
+    settings: Any,
+    resume: str | None,
+    init_from: str | None,
+    allow_partial: bool,
+) -> None:
+    from detkit.cli.rehearsal import show
+    from detkit.rehearsal import rehearse_training
+
+    found = rehearse_training(
+        kind,
+        settings.config,
+        settings.origins,
+        out=common.out,
+        device=common.device,
+        resume=resume,
+        init_from=init_from,
+        allow_partial=allow_partial,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        emit(common, found, lambda: show(found))
 
 
 def _is_bare(common: Common) -> bool:

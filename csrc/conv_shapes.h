@@ -170,6 +170,16 @@ inline std::vector<SplitPart> split_parts(const Tensor& input, const std::vector
   return parts;
 }
 
+// How a CUDA operator computes its forward pass: by columns in memory and the vendor's product, or
+// fused on tensor cores. The CPU has one way.
+enum Algorithm : int64_t { kColumns = 0, kFused = 1 };
+
+inline void check_algorithm(const char* op, int64_t algorithm, bool fused_exists) {
+  STD_TORCH_CHECK(algorithm == kColumns || (algorithm == kFused && fused_exists), op,
+                  ": algorithm must be ", fused_exists ? "0 or 1" : "0 on this device", ", got ",
+                  algorithm);
+}
+
 // The gradient must have the shape of the output.
 inline void check_grad(const char* op, const Tensor& input, const Tensor& grad,
                        const ConvShape& shape) {

@@ -41,4 +41,8 @@ inline NmsInputs nms_inputs(const Tensor& boxes, const Tensor& scores,
   return in;
 }
 
+inline void check_limit(int64_t limit) {
+  STD_TORCH_CHECK(limit >= 0, "nms_padded: limit must be at least 0, got ", limit);
+}
+
 }  // namespace detkit

@@ -9,8 +9,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,8 +37,8 @@ from detkit.engine import distributed
 from detkit.engine.classification import top1
 from detkit.engine.evaluate import detect_dataset
 from detkit.engine.evaluate import evaluate as score
-from detkit.engine.results import read_results
-from detkit.engine.run import RunFolder, create_run, newest_run, same_run
+from detkit.engine.results import load_results
+from detkit.engine.run import RunFolder, check_new, create_run, newest_run, same_run
 from detkit.engine.summary import NUMBERS
 from detkit.engine.train import StepInfo, fit
 from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -100,22 +100,49 @@ def resolve_config(
         ConfigError: an unknown recipe, key or value.
         CheckpointError: the layers name another architecture than ``init_from`` has.
     """
-    if resume not in (None, "auto"):
-        return configs.resolve(layers, _resumable(str(resume)).config())
-    stored = foreign.load(init_from) if init_from else None
+    return resolve_settings(
+        command, layers, recipe=recipe, init_from=init_from, resume=resume
+    ).config
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Resolved settings, and by table and key where each comes from."""
+
+    config: Config
+    origins: Mapping[str, Mapping[str, str]]
+
+
+def resolve_settings(
+    command: str,
+    layers: Iterable[Mapping[str, Any]] = (),
+    *,
+    recipe: str | None = None,
+    init_from: str | Path | None = None,
+    resume: str | None = None,
+) -> Settings:
+    """:func:`resolve_config`, and the origin of each value."""
     layers = list(layers)
+    if resume not in (None, "auto"):
+        run = _resumable(str(resume))
+        config = configs.resolve(layers, run.config())
+        return Settings(config, configs.origins(layers, f"run {run.path}"))
+    stored = foreign.load(init_from) if init_from else None
     start: list[Mapping[str, Any]] = []
     if recipe or stored is None or net_of(stored) == "backbone":
         name = recipe or _default_recipe(command, layers, stored)
         log.info("recipe %s", name)
-        start.append(configs.read_toml(configs.recipe_path(name)))
+        tables = configs.read_toml(configs.recipe_path(name))
+        start.append(configs.Layer(tables, f"recipe {name}"))
         if command == "finetune":
             _tell_other_detector(name, start[0], layers)
     if stored is None:
-        return configs.resolve([*start, *layers])
+        layers = [*start, *layers]
+        return Settings(configs.resolve(layers), configs.origins(layers))
     wanted = configs.merged([*start, *layers]).model if start else None
     own = _own_settings(stored, wanted)
-    config = configs.resolve([*start, own, *layers])
+    layers = [*start, configs.Layer(own, f"checkpoint {init_from}"), *layers]
+    config = configs.resolve(layers)
     check_scales(own["model"].get("scales", "off"), config, str(init_from))
     for key in {"backbone", "detector"} & own["model"].keys():
         got, ours = getattr(config.model, key), own["model"][key]
@@ -124,7 +151,7 @@ def resolve_config(
                 f"{init_from}: model.{key} must agree with the checkpoint's {ours!r}, got {got!r}"
             )
     check_supernet(stored, config, str(init_from))
-    return config
+    return Settings(config, configs.origins(layers))
 
 
 def _tell_other_detector(
@@ -215,29 +242,6 @@ def newest_checkpoint(command: str, *, required: bool = True) -> str | None:
     return None
 
 
-def training_plan(command: str, config: Config, source: str | Path | None = None) -> dict[str, Any]:
-    """What ``--dry-run`` tells: data set and model sizes, without training a step.
-
-    Args:
-        command: ``pretrain`` or ``finetune``.
-        config: the resolved settings.
-        source: checkpoint to start from or to continue.
-    """
-    supernet.check_settings(config)
-    stored = None if source is None else foreign.load(source)
-    train_set, val_set, split = _open_both(command, config, None, stored)
-    with torch.device("meta"):
-        model = build(config, train_set.categories, _net(command), fixed_layers(stored))
-    return {
-        "command": command,
-        "params": sum(p.numel() for p in model.parameters()),
-        "categories": list(train_set.categories.names),
-        "train_images": len(train_set),
-        ("val_images" if split is None else "search_images"): len(val_set),
-        "steps_per_epoch": steps_per_epoch(train_set, config),
-    }
-
-
 def check_metric(command: str, config: Config) -> None:
     """Refuse a metric the command will not have, before it trains; raises ConfigError."""
     metric, known = config.eval.metric, _METRICS[command]
@@ -265,9 +269,13 @@ def with_length(config: Config) -> Config:
 # -- training
 
 
-def launch_processes(count: int) -> int:
-    """Run this very command line in ``count`` processes, one per GPU; returns their exit code."""
-    return distributed.launch(count, [sys.executable, "-m", "detkit.cli", *sys.argv[1:]])
+def launch_processes(count: int, arguments: Sequence[str], *, threads: int | None = None) -> int:
+    """Run a command line in ``count`` processes of this machine; returns their exit code.
+
+    ``threads`` as of :func:`detkit.engine.distributed.launch`.
+    """
+    line = [sys.executable, "-m", "detkit.cli", *arguments]
+    return distributed.launch(count, line, threads=threads)
 
 
 def train(
@@ -301,67 +309,148 @@ def train(
         DetkitError: see :func:`detkit.engine.train.fit`, and for unusable settings, data or
             checkpoints.
     """
+    with distributed.process_group(pick_device(device)) as place:
+        ready = prepare(
+            command,
+            config,
+            place,
+            out=out,
+            resume=resume,
+            init_from=init_from,
+            allow_partial=allow_partial,
+        )
+        config = ready.config
+        run = _run_folder(command, config, out, ready.previous)
+        if distributed.is_main():
+            with run.logging():  # so that log.txt lists them too
+                _tell_problems(ready.train_set, config.data.split)
+                if ready.val_set.report is not ready.train_set.report:
+                    _tell_problems(ready.val_set, config.data.val_split)
+            if ready.split is not None:
+                supernet.write_split(run, ready.split)
+        kept = supernet.entries(command, config, ready.split)
+        if ready.layers is not None:
+            kept["scales"] = _kept(ready.resumed or ready.source)
+        score = partial(_validate, command, ready.val_set, config, place)
+        evaluate: supernet.Evaluate | None = score
+        if is_supernet(config.model.backbone):
+            evaluate = supernet.evaluator(command, config, ready.train_set, place, score)
+        with pod.collected(run, ready.train_set, config, place):
+            result = fit(
+                ready.model,
+                ready.batches,
+                config,
+                steps_per_epoch=steps_per_epoch(ready.train_set, config),
+                run=run,
+                kind=ready.kind,
+                categories=ready.train_set.categories,
+                device=place,
+                evaluate=evaluate,
+                resume=ready.resumed,
+                on_step=pod.logged(ready.model, run, config, on_step),
+                provenance={"init_from": str(init_from)} if init_from else None,
+                kept=kept,
+                before_step=supernet.follow_paths(ready.model, config),
+            )
+    return {"run": str(run.path), "checkpoint": str(result.best), "metrics": result.metrics}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A training with all it needs, before anything is written.
+
+    Attributes:
+        command: ``pretrain`` or ``finetune``.
+        config: The settings, with a length.
+        kind: Of its checkpoints.
+        train_set: Images to train on.
+        val_set: Images to evaluate on.
+        split: How the two were parted, if they were one.
+        previous: The run to continue.
+        resumed: Its ``last.pth``.
+        source: The checkpoint to start from.
+        layers: The split layers of a fast-deployment net.
+        model: The model, with the weights of ``source``.
+    """
+
+    command: str
+    config: Config
+    kind: str
+    train_set: Any
+    val_set: Any
+    split: SearchSplit | None
+    previous: RunFolder | None
+    resumed: checkpoints.Checkpoint | None
+    source: checkpoints.Checkpoint | None
+    layers: Any
+    model: nn.Module
+
+    def batches(self, step: int) -> Iterator[list[Any]]:
+        """This process's share of the training batches from ``step`` on."""
+        share = {"rank": distributed.rank(), "world": distributed.world_size()}
+        return train_batches(self.train_set, self.config, start_step=step, **share)
+
+
+def prepare(
+    command: str,
+    config: Config,
+    device: torch.device,
+    *,
+    out: str | Path | None = None,
+    resume: str | None = None,
+    init_from: str | Path | None = None,
+    allow_partial: bool = False,
+) -> Prepared:
+    """All that :func:`train` does before it makes its folder: refuse, open, build, take weights.
+
+    Args:
+        command: as of ``train``, and so are the other arguments and the errors.
+        config: the resolved settings.
+        device: where to train, inside the group of processes.
+        out: the run folder.
+        resume: ``auto`` or a run folder.
+        init_from: checkpoint to start from.
+        allow_partial: accept missing and left-over weights of ``init_from``.
+    """
     config = with_length(config)
     check_metric(command, config)
     supernet.check_settings(config)
-    with distributed.process_group(pick_device(device)) as place:
-        previous = _to_resume(command, config, out, resume)
-        resumed = None if previous is None else checkpoints.load(previous.last)
-        if resumed is not None:
-            check_supernet(resumed, config, str(previous.last if previous else ""))
-        source = None if init_from is None else foreign.load(init_from)
-        train_set, val_set, split = _open_both(command, config, resumed, source)
-        _same_categories(train_set.categories, val_set.categories)
-        _require_masks(val_set, config)
-        torch.manual_seed(config.train.seed)
-        layers = fixed_layers(resumed or source)
-        model = starting_model(
-            config,
-            train_set.categories,
-            _net(command),
-            layers=layers,
-            source=source,
-            name=str(init_from),
-            allow_partial=allow_partial,
-        )
-        if config.model.norm == "frozen_bn" and not (init_from or resume):
-            log.warning(
-                "model.norm=frozen_bn normalises nothing without --init-from; take bn or gn"
-            )
-        run = _run_folder(command, config, out, previous)
-        if distributed.is_main():
-            with run.logging():  # so that log.txt lists them too
-                _tell_problems(train_set, config.data.split)
-                if val_set.report is not train_set.report:
-                    _tell_problems(val_set, config.data.val_split)
-            if split is not None:
-                supernet.write_split(run, split)
-        share = {"rank": distributed.rank(), "world": distributed.world_size()}
-        kept = supernet.entries(command, config, split)
-        if layers is not None:
-            kept["scales"] = _kept(resumed or source)
-        score = partial(_validate, command, val_set, config, place)
-        evaluate: supernet.Evaluate | None = score
-        if is_supernet(config.model.backbone):
-            evaluate = supernet.evaluator(command, config, train_set, place, score)
-        with pod.collected(run, train_set, config, place):
-            result = fit(
-                model,
-                lambda step: train_batches(train_set, config, start_step=step, **share),
-                config,
-                steps_per_epoch=steps_per_epoch(train_set, config),
-                run=run,
-                kind=_kind(command, config),
-                categories=train_set.categories,
-                device=place,
-                evaluate=evaluate,
-                resume=resumed,
-                on_step=pod.logged(model, run, config, on_step),
-                provenance={"init_from": str(init_from)} if init_from else None,
-                kept=kept,
-                before_step=supernet.follow_paths(model, config),
-            )
-    return {"run": str(run.path), "checkpoint": str(result.best), "metrics": result.metrics}
+    previous = _to_resume(command, config, out, resume)
+    if out is not None and previous is None and distributed.is_main():
+        check_new(out)
+    resumed = None if previous is None else checkpoints.load(previous.last)
+    if resumed is not None:
+        check_supernet(resumed, config, str(previous.last if previous else ""))
+    source = None if init_from is None else foreign.load(init_from)
+    train_set, val_set, split = _open_both(command, config, resumed, source)
+    _same_categories(train_set.categories, val_set.categories)
+    _require_masks(val_set, config)
+    torch.manual_seed(config.train.seed)
+    layers = fixed_layers(resumed or source)
+    model = starting_model(
+        config,
+        train_set.categories,
+        _net(command),
+        layers=layers,
+        source=source,
+        name=str(init_from),
+        allow_partial=allow_partial,
+    )
+    if config.model.norm == "frozen_bn" and not (init_from or resume):
+        log.warning("model.norm=frozen_bn normalises nothing without --init-from; take bn or gn")
+    return Prepared(
+        command=command,
+        config=config,
+        kind=_kind(command, config),
+        train_set=train_set,
+        val_set=val_set,
+        split=split,
+        previous=previous,
+        resumed=resumed,
+        source=source,
+        layers=layers,
+        model=model,
+    )
 
 
 def _open(command: str, config: Config, split: str) -> Any:
@@ -549,7 +638,13 @@ def evaluate(
         config = configs.resolve(overrides)
         dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
         truth = dataset.truth()
-        scores = score(truth, read_results(detections, truth), analysis=analysis, metric=metric)
+        scores = score(
+            truth,
+            load_results(detections),
+            analysis=analysis,
+            metric=metric,
+            source=str(detections),
+        )
         return with_fixes(scores, dataset)
     if checkpoint is None:
         raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")

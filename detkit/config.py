@@ -1,7 +1,7 @@
 """Every setting of a run as frozen dataclasses, read from TOML; unknown keys name the nearest.
 
-Order of precedence, last wins: defaults, recipe, config file, command-line flags, ``--set
-key=value``.
+Order of precedence, last wins: defaults (the detector's own above the general ones), recipe,
+checkpoint to start from, config file, command-line flags (``--seed`` is one), ``--set key=value``.
 Imports no torch.
 """
 
@@ -12,7 +12,7 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -86,6 +86,8 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "light-head-fpn": ("box.aligned", "box.head", "retina", "mask"),
 }
 """Tables and settings that a detector has no part for; changing them is refused."""
+
+_LENGTHS = ("steps", "epochs", "minutes")  # of the table train
 
 SUPERNET = "detnas-supernet"
 """How the names of supernets begin; alone it is the supernet of the table ``space``."""
@@ -722,8 +724,8 @@ class SearchConfig:
     batch_size: int = 8
     """Images detected at once; only those of one padded size go together."""
     cache_mib: int = 8192
-    """Memory of each process for decoded and resized images; what does not fit is read again for
-    every network."""
+    """Memory of all processes of a machine for decoded and resized images, which each keeps for
+    itself; what does not fit is read again for every network."""
     retries: int = 1
     """How often an evaluation that broke off is tried again before it counts as failed."""
     early_stop: float = 0.0
@@ -813,11 +815,10 @@ def _replace(section: str, current: Any, values: Mapping[str, Any]) -> Any:
                 f"config: unknown key {section}.{key}{suggest(f'{section}.{key}', known)}"
             )
     typed = {k: _typed(f"{section}.{k}", v, hints[k]) for k, v in values.items()}
-    schedule = ("steps", "epochs", "minutes")
     if section == "train" and any(
-        typed.get(k) for k in schedule
+        typed.get(k) for k in _LENGTHS
     ):  # the last one given replaces an earlier layer's
-        typed = {**dict.fromkeys(schedule, 0), **typed}
+        typed = {**dict.fromkeys(_LENGTHS, 0), **typed}
     return dataclasses.replace(current, **typed)
 
 
@@ -835,7 +836,48 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def parse_override(text: str) -> dict[str, dict[str, Any]]:
+class Layer(dict[str, Any]):
+    """Tables of settings that know where they come from, for :func:`origins`.
+
+    Args:
+        tables: The settings.
+        origin: Where they come from, in words; or what says it, given table and key.
+    """
+
+    def __init__(self, tables: Mapping[str, Any], origin: str | Callable[[str, str], str]) -> None:
+        super().__init__(tables)
+        self.origin_of = origin if callable(origin) else lambda table, key: origin
+
+
+def origins(
+    layers: Iterable[Mapping[str, Mapping[str, Any]]], base: str = ""
+) -> dict[str, dict[str, str]]:
+    """Where each setting of :func:`resolve` comes from, by table and key.
+
+    Args:
+        layers: As of :func:`resolve`, without errors; those that are no :class:`Layer` are called
+            ``settings``.
+        base: Origin of what no layer gives; by default the detector's defaults and those of all.
+    """
+    layers = list(layers)
+    found = {
+        table: dict.fromkeys(values, base or "default")
+        for table, values in to_plain(Config()).items()
+    }
+    if not base:
+        detector = named_detector(layers)
+        layers.insert(0, Layer(DETECTOR_DEFAULTS.get(detector, {}), f"default of {detector}"))
+    for layer in layers:
+        origin_of = layer.origin_of if isinstance(layer, Layer) else lambda table, key: "settings"
+        for table, values in layer.items():
+            found[table] |= {key: origin_of(table, key) for key in values}
+            given = [key for key in _LENGTHS if table == "train" and values.get(key)]
+            if given:  # one of them unsets the others
+                found[table] |= dict.fromkeys(_LENGTHS, origin_of(table, given[0]))
+    return found
+
+
+def parse_override(text: str) -> Layer:
     """``{"optim": {"lr": 0.01}}`` from ``optim.lr=0.01``; the value is TOML or a bare word."""
     key, sign, raw = text.partition("=")
     parts = key.strip().split(".")
@@ -847,7 +889,7 @@ def parse_override(text: str) -> dict[str, dict[str, Any]]:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
-    return {parts[0]: {parts[1]: value}}
+    return Layer({parts[0]: {parts[1]: value}}, "--set")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

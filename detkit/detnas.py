@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import torch
 
 from detkit import config as configs
 from detkit.config import Config, SearchConfig
+from detkit.data.cache import MIB
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
-from detkit.engine.run import RunFolder, create_run, runs
+from detkit.engine.rehearsal import peak_memory
+from detkit.engine.run import RunFolder, check_new, create_run, runs
 from detkit.engine.signals import StopSignals
 from detkit.errors import (
     CheckpointError,
@@ -48,8 +51,10 @@ from detkit.nas.candidates import (
 from detkit.nas.cost import CostTable, cost_table
 from detkit.nas.evolution import EvolutionSettings, evolve
 from detkit.nas.latency import LatencyTable, load_latency, measure_latency
+from detkit.nas.paths import PROPOSALS, generator, random_genes
 from detkit.nas.random_search import random_search
 from detkit.nas.work_queue import LocalQueue, WorkQueue, work_queue
+from detkit.pod import padded_size
 from detkit.scales import weights_hash
 
 Record = dict[str, Any]
@@ -59,6 +64,8 @@ log = logging.getLogger("detkit")
 COMMAND = "search"
 TOP = 10
 """Networks told about at the end."""
+REHEARSED_IMAGES = 4
+"""Images that score the networks of ``--dry-run``."""
 _CALM = ("generations", "cache_mib", "retries")  # settings that leave the sequence as it is
 
 
@@ -452,16 +459,21 @@ def _previous(config: Config, out: str | Path | None, resume: str | None) -> Sea
 
 
 def _new_folder(opened: Opened, out: str | Path | None) -> SearchFolder:
-    if out is not None and SearchFolder(out).is_search:
-        raise ConfigError(
-            f"--out {out}: must be a new folder, got one that holds a search; continue it with "
-            "--resume auto or name another"
-        )
+    if out is not None:
+        _refuse_search(out)
     settings = opened.config.search
     name = f"{opened.space.name}-{settings.method}"
     folder = SearchFolder(create_run(COMMAND, name, opened.config, out=out).path)
     folder.write(_record(opened, SearchResult(()), time.monotonic(), finished=False))
     return folder
+
+
+def _refuse_search(out: str | Path) -> None:
+    if SearchFolder(out).is_search:
+        raise ConfigError(
+            f"--out {out}: must be a new folder, got one that holds a search; continue it with "
+            "--resume auto or name another"
+        )
 
 
 def _check_same(folder: SearchFolder, opened: Opened) -> None:
@@ -521,9 +533,36 @@ def image_size(opened: Opened) -> tuple[int, int]:
     data = opened.config.data
     if opened.config.search.fitness == "classification":
         return data.short_side, data.short_side
-    step = data.pad_multiple
-    height, width = (-(-n // step) * step for n in (data.short_side, data.long_side))
-    return height, width
+    return padded_size(opened.config)
+
+
+def processes(
+    device: str, gpus: int | None = None, wanted: int | None = None
+) -> tuple[int, int | None]:
+    """How many processes `detkit search` shares a search between, and threads of each.
+
+    On a CPU one per thread that torch would take (cores, or ``OMP_NUM_THREADS``): networks side by
+    side on one thread each are faster than one network on all threads.
+
+    Args:
+        device: As of :func:`search`.
+        gpus: What --gpus says.
+        wanted: What --processes says.
+
+    Raises:
+        ConfigError: --processes for a GPU, or together with --gpus.
+    """
+    on_cpu = pick_device(device).type == "cpu"
+    if wanted and (gpus or not on_cpu):
+        raise ConfigError(
+            f"--processes: must be left to searches on a CPU, got {wanted}; --gpus takes as many "
+            "GPUs"
+        )
+    if gpus or not on_cpu:
+        return gpus or 1, None
+    threads = torch.get_num_threads()
+    count = wanted or threads
+    return count, max(1, threads // count)
 
 
 def newest_supernet(fitness: str = "detection") -> str:
@@ -551,28 +590,90 @@ def newest_search() -> str:
     raise ConfigError("search: one must be given where runs/search holds none, got neither")
 
 
-def plan(
+def rehearse_search(
     supernet: str | Path,
     overrides: Iterable[Mapping[str, Any]] = (),
     *,
-    data: str | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    resume: str | None = None,
 ) -> Record:
-    """What ``--dry-run`` tells; arguments and errors as of :func:`search`."""
-    opened = open_supernet(supernet, overrides, data=data)
-    check_limits(opened)
-    settings = opened.config.search
-    if settings.method == "evolution":
-        evolution_settings(settings)
+    """What ``--dry-run`` does: evaluate two networks on a few images and write nothing.
+
+    Args and errors are those of :func:`search`.
+
+    Returns:
+        The object that ``detkit search --dry-run --json`` prints; docs/training.md describes it.
+    """
+    overrides = list(overrides)
+    with distributed.process_group(pick_device(device)) as place:
+        opened = open_supernet(supernet, overrides)
+        check_limits(opened)
+        settings = opened.config.search
+        if settings.method == "evolution":
+            evolution_settings(settings)
+        previous = _previous(opened.config, out, resume)
+        if previous is not None:
+            _check_same(previous, opened)
+        elif out is not None and distributed.is_main():
+            _refuse_search(out)
+            check_new(out)
+        found = _rehearsed(opened, place)
+        memory, world = peak_memory(place), distributed.world_size()
     low, high = cost_table(opened.space).body_macs_range()
+    total = min(settings.population * settings.generations, opened.space.size)
+    before = 0 if previous is None else len(Journal(previous.journal).read())
+    calibration = settings.calibration_steps * found["seconds_per_calibration_batch"]
+    scoring = len(opened.images) * found["seconds_per_image"]
     return {
+        "dry_run": True,
+        "command": COMMAND,
+        "device": str(place),
+        "processes": world,
         "supernet": opened.file,
         "space": opened.space.name,
         "networks": opened.space.size,
         "macs": [low, high],
         "limits": limits_of(settings),
-        "evaluations": min(settings.population * settings.generations, opened.space.size),
         "metric": opened.metric,
         "search_images": len(opened.images),
+        "training_images": len(opened.training),
         "calibration_images": settings.calibration_steps * settings.calibration_batch,
+        "classes": len(opened.images.categories),
+        "evaluations": total,
+        "done_before": before,
+        "measured": found,
+        "memory": memory | {"cache_at_most": settings.cache_mib * MIB},
+        "eta": {
+            "seconds": max(0, total - before) * (calibration + scoring) / world,
+            "calibration_seconds": calibration,
+            "scoring_seconds": scoring,
+            "estimate": True,
+        },
+        "continues": None if previous is None else str(previous.run.path),
         "config": configs.to_plain(opened.config),
+        "origins": configs.origins(overrides, f"supernet {opened.file}"),
+    }
+
+
+def _rehearsed(opened: Opened, device: torch.device) -> Record:
+    """Seconds per calibration batch and per image of the second of two networks, and its score."""
+    search = replace(opened.config.search, calibration_steps=2, early_stop=0.0)
+    count = min(REHEARSED_IMAGES, len(opened.images))
+    spread = [i * len(opened.images) // count for i in range(count)]
+    few = replace(
+        opened, config=replace(opened.config, search=search), images=opened.images.take(spread)
+    )
+    fitness = Fitness(few, device)
+    for network in range(2):
+        genes = random_genes(opened.space, generator(search.seed, PROPOSALS, network))
+        begun = time.monotonic()
+        metrics = fitness(genes)
+        seconds = time.monotonic() - begun
+    value, scoring = metrics[opened.metric], fitness.scoring_seconds
+    return {
+        "images": count,
+        "fitness": value if math.isfinite(value) else None,
+        "seconds_per_calibration_batch": max(0.0, seconds - scoring) / search.calibration_steps,
+        "seconds_per_image": scoring / count,
     }

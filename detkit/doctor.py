@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import platform
 from importlib import metadata
@@ -20,7 +21,8 @@ def report() -> dict[str, Any]:
     Returns:
         ``detkit``, ``python`` and ``platform``; ``torch`` (version, cuda, devices, threads; None
         where it does not import); ``extension`` (built, mode, and its build information or the
-        error that kept it from loading); ``ops`` (operator to ``{"backend", "why"}``);
+        error that kept it from loading); ``ops`` (operator to ``{"backend", "why"}``); ``autotune``
+        (mode, and what this process has measured: see :func:`detkit.ops.choices`);
         ``packages`` (optional package to version or None); ``advice`` (what to do).
     """
     torch, torch_error = _import("torch")
@@ -32,6 +34,7 @@ def report() -> dict[str, Any]:
         "torch": _torch_facts(torch) if torch else None,
         "extension": _extension_facts(library, library_error),
         "ops": _op_facts(library, torch) if library and torch else {},
+        "autotune": _autotune_facts(library),
         "packages": {name: _version(name) for name in OPTIONAL},
     }
     result["advice"] = _advice(result, torch_error, library)
@@ -74,6 +77,17 @@ def _op_facts(library: ModuleType, torch: ModuleType) -> dict[str, dict[str, str
     for op, backend in library.backend().items():
         facts[op] = {"backend": backend, "why": _why(op, backend, library, torch)}
     return facts
+
+
+def _autotune_facts(library: ModuleType | None) -> dict[str, Any]:
+    """Nothing where the operators do not import."""
+    if library is None:
+        return {}
+    tuning = importlib.import_module("detkit.ops._autotune")
+    return {
+        "mode": tuning.autotune(),
+        "choices": [dataclasses.asdict(choice) for choice in tuning.choices()],
+    }
 
 
 def _why(op: str, backend: str, library: ModuleType, torch: ModuleType) -> str:

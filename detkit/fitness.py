@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from detkit.config import Config, SearchConfig
 from detkit.data import ClassificationDataset, DetectionDataset, open_classification, open_detection
 from detkit.data.cache import MIB, CachedBatches, evaluation_keys, training_keys
 from detkit.engine import checkpoint as checkpoints
+from detkit.engine import distributed
 from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.classification import top1
 from detkit.engine.evaluate import Scorer, detect_dataset
@@ -243,7 +245,7 @@ class Fitness:
         config, search = opened.config, opened.config.search
         local = {k: "bn" for k in ("norm", "head_norm") if getattr(config.model, k) == "sync_bn"}
         loaded = restore(opened.stored, opened.file, device, [{"model": local}])
-        limit = search.cache_mib * MIB
+        limit = search.cache_mib * MIB // distributed.local_world_size()
         seen = replace(config, train=replace(config.train, batch_size=search.calibration_batch))
         log.info(
             "reading %d batches of %d training images for the norms",
@@ -254,6 +256,7 @@ class Fitness:
         calibration = CachedBatches(opened.training, seen, keys, training=True, limit=limit)
         log.info("reading %d images that score networks", len(opened.images))
         left = limit - calibration.kept_bytes
+        self.scoring_seconds = 0.0  # of the newest network, without the norms
         self.score: _TopOne | _Detections
         if isinstance(opened.images, ClassificationDataset):
             self.score = _TopOne(opened.images, config, device, left)
@@ -262,7 +265,7 @@ class Fitness:
         self._paths = PathFitness(
             loaded.model,
             calibration,
-            self.score,
+            self._timed_score,
             momentum=search.calibration_momentum or None,
             seed=config.train.seed,
         )
@@ -270,6 +273,13 @@ class Fitness:
     def __call__(self, genes: Genes) -> Metrics:
         """Metrics of a path; raises :class:`Dropped` where an early stop found it hopeless."""
         return self._paths(genes)
+
+    def _timed_score(self, model: nn.Module) -> Metrics:
+        begun = time.monotonic()
+        try:
+            return self.score(model)
+        finally:
+            self.scoring_seconds = time.monotonic() - begun
 
     def begin(self, earlier: Sequence[Candidate]) -> None:
         """Set the bound of the early stop from the candidates of earlier generations."""

@@ -317,7 +317,7 @@ def decompose(
     layers, stats = _statistics(stored, source)
     config = checkpoints.config_of(stored)
     classes = len(stored["categories"]["names"])
-    image = _image_size(config)
+    image = padded_size(config)
     plain = replace(config, model=replace(config.model, scales="off"))
     before, sizes = _costs(plain, classes, image, [layer.path for layer in layers])
     found = plan(
@@ -359,7 +359,7 @@ def _statistics(stored: Checkpoint, path: Path) -> tuple[list[ScaleLayer], dict[
         ) from error
 
 
-def _image_size(config: Config) -> tuple[int, int]:
+def padded_size(config: Config) -> tuple[int, int]:
     """Height and width of a padded landscape image of the test-time size."""
     step = config.data.pad_multiple
     height, width = (-(-n // step) * step for n in (config.data.short_side, config.data.long_side))

@@ -8,7 +8,7 @@
 # A short look at all of its parts: PRETRAIN=10 FINETUNE=10 POPULATION=4 GENERATIONS=2 CALIBRATION=2
 set -euo pipefail
 out=${1:-detnas_tiny}
-pretrain=${PRETRAIN:-300} finetune=${FINETUNE:-350}
+pretrain=${PRETRAIN:-700} finetune=${FINETUNE:-800}
 population=${POPULATION:-8} generations=${GENERATIONS:-4} calibration=${CALIBRATION:-12}
 detkit=(${PYTHON:-python3} -m detkit.cli)
 mkdir -p "$out"

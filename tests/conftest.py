@@ -23,6 +23,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_autotune() -> None:
+    """Tests of an operator on a GPU test its own kernels, not what may be faster there."""
+    from detkit.ops import autotune
+
+    autotune("off")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Each device in turn; cuda skips without a GPU."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from detkit.cli.main import COMMANDS, run
-from detkit.cli.tables import amount, print_table, slim_table
+from detkit.cli.tables import amount, print_table, rows_table, slim_table
 
 ROOT = Path(__file__).parents[1]
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -163,3 +163,43 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "data check", "data convert", "data show"])
+def test_help_shows_each_example_on_a_line_of_its_own(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "\\b" not in text
+    _, examples = re.split(r"\n  Examples?:\n", text)
+    lines = examples.split("\n\n")[0].splitlines()
+    assert all(line.startswith(f"    detkit {name.split()[0]}") for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_wide_table_comes_in_parts_that_fit(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twelve metrics of each class, in a pipe for which COLUMNS is set: nothing is cut."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = [f"AP{i}" for i in range(12)]
+    rows = [["triangle", *(i / 1000 for i in range(12))], ["disc", *([None] * 12)]]
+    print_table(rows_table("per class", ["class", *columns], rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert [w for w in words if w.startswith("AP")] == columns
+    assert [w for w in words if w.startswith("0.")] == [f"{i / 1000:.3f}" for i in range(12)]
+    assert words.count("disc") == words.count("triangle") > 1
+
+
+def test_problems_of_a_set_are_lines_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["data", "synth", str(tmp_path / "s"), "--train=2", "--val=1", "--size=64"]) == 0
+    (tmp_path / "s/images/train/000001.png").unlink()
+    capsys.readouterr()
+    assert run(["data", "check", str(tmp_path / "s")]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"train: \d+\.png, image 1 \(skip\): image-missing, no such file", first)

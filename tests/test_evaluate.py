@@ -23,6 +23,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from detkit.engine import evaluate as evaluation
 from detkit.engine import rle
 from detkit.engine.classification import top1
 from detkit.engine.evaluate import detect_dataset, evaluate, normalise_truth
@@ -164,6 +165,75 @@ def found(box: list[float], score: float, image: int = 1, category: int = 1) -> 
 
 
 # --- equal to pycocotools -------------------------------------------------------------------------
+
+
+def nasty(rng: np.random.Generator) -> tuple[Record, list[Record]]:
+    """Ties everywhere: boxes on a coarse grid, a few scores, areas on the limits, crowds."""
+
+    def box() -> list[float]:
+        sides = rng.integers(0 if rng.random() < 0.1 else 1, 7, 2)
+        return [8.0 * float(v) for v in (*rng.integers(0, 6, 2), *sides)]
+
+    classes, images = int(rng.integers(1, 4)), int(rng.integers(1, 5))
+    truth = one_class([], images) | {
+        "categories": [{"id": k + 1, "name": f"c{k}"} for k in range(classes)]
+    }
+    truth["images"] = [{"id": i + 1, "width": 100, "height": 100} for i in range(images)]
+    for n in range(int(rng.integers(0, 30))):
+        x, y, w, h = box()
+        truth["annotations"].append(
+            {
+                "id": n + 1,
+                "image_id": int(rng.integers(images)) + 1,
+                "category_id": int(rng.integers(classes)) + 1,
+                "bbox": [x, y, w or 8.0, h or 8.0],
+                "area": float(rng.choice([w * h, 1024, 9216])),
+                "iscrowd": int(rng.random() < 0.2),
+            }
+        )
+    results = []
+    for _ in range(int(rng.integers(0, 150))):
+        score = float(rng.choice([0.5, 0.25, 0, -1, rng.random()]))
+        image, category = int(rng.integers(images)) + 1, int(rng.integers(classes)) + 1
+        results.append(found(box(), score, image, category))
+    return truth, results
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_both_libraries_give_the_same_tables(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, so that installing the extra changes no number."""
+    pytest.importorskip("hotcoco")
+    assert evaluation.matching_library() == "hotcoco"
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        truth, results = nasty(rng)
+        known = evaluation._Known(normalise_truth(truth)[0], kind)
+        for categories in (True, False):
+            tables = []
+            for library in ("pycocotools", "hotcoco"):
+                monkeypatch.setattr(evaluation, "matching_library", lambda name=library: name)
+                tables.append(known.tables(results, categories))
+            for key in ("precision", "recall"):
+                np.testing.assert_array_equal(tables[0][key], tables[1][key])
+
+
+def test_matches_are_those_of_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports and comparisons read them by place."""
+    truth, results = nasty(np.random.default_rng(3))
+    lists: list[Any] = []
+    with_extra = evaluate(truth, results, on_matches=lambda kind, rows: lists.append(rows))
+    monkeypatch.setattr(evaluation, "matching_library", lambda: "pycocotools")
+    assert with_extra == evaluate(truth, results)
+    assert len(lists[0]) == len(truth["images"]) * len(truth["categories"]) * 4
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0])
+def test_an_id_of_the_wrong_type_is_refused_among_many(wrong: object) -> None:
+    """Both equal 1, so a set of the ids does not tell."""
+    results = [found([0.0, 0.0, 10.0, 10.0], 0.5) for _ in range(3)]
+    results[2]["image_id"] = wrong
+    with pytest.raises(DataError, match="row 2: image_id"):
+        evaluate(one_class([[0.0, 0.0, 10.0, 10.0]]), results)
 
 
 @pytest.mark.parametrize("seed", range(4))

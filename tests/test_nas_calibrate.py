@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,6 +189,29 @@ def test_heads_of_detectors_are_calibrated_on_the_same_samples() -> None:
     assert any(key.startswith("neck.") for key in first)
     other = calibrate(model, scenes(), seed=1)
     assert any(not torch.equal(other[k], first[k]) for k in first if k.startswith("head."))
+
+
+@pytest.mark.parametrize("head_norm", ["bn", "none"])
+@pytest.mark.parametrize("name", ["frcnn-fpn", "maskrcnn-fpn", "light-head-fpn", "retinanet"])
+def test_norms_see_what_training_shows_them(name: str, head_norm: str) -> None:
+    """Without losses, and with all RoIs sampled, so that chance has no say."""
+    settings = {
+        "model": {"backbone": "detnas-supernet-tiny", "norm": "bn", "head_norm": head_norm}
+        | {"detector": name, "neck_channels": 16},
+        "box": {} if name == "retinanet" else {"channels": 16, "batch_per_image": 10_000},
+    }
+    whole = build_detector(resolve([settings]), 3).train()
+    find_supernet(whole).set_path(A)
+    short, (scene, _) = copy.deepcopy(whole), scenes()
+    masks = torch.ones(2, 64, 96, dtype=torch.bool)
+    scene = replace(scene, targets=[replace(target, masks=masks) for target in scene.targets])
+    before = snapshot(short)
+    whole(scene)
+    short.run_norms(scene)
+    found = short.state_dict()
+    torch.testing.assert_close(dict(found), dict(whole.state_dict()))
+    moved = {key.split(".")[0] for key in found if not torch.equal(found[key], before[key])}
+    assert ("head" in moved) == (head_norm == "bn")
 
 
 def test_frozen_stages_keep_their_statistics() -> None:

@@ -194,6 +194,56 @@ def test_opcheck(device: str, n: int) -> None:
         torch.library.opcheck(torch.ops.detkit.batched_nms.default, (*sample, idxs, 0.5))
 
 
+@pytest.mark.parametrize("limit", [0, 1, 20, 100])
+def test_padded_is_the_beginning_of_nms(device: str, limit: int) -> None:
+    boxes, scores, idxs = (t.to(device) for t in candidates(60))
+    for of, wanted in (
+        (None, ops.nms(boxes, scores, 0.5)),
+        (idxs, ops.batched_nms(boxes, scores, idxs, 0.5)),
+    ):
+        native = ops.nms_padded(boxes, scores, 0.5, limit, of)
+        plain = reference.nms_padded(boxes, scores, 0.5, limit, of)
+        for kept, count in (native, plain):
+            assert count.item() == min(limit, len(wanted))
+            assert torch.equal(kept[: count.item()], wanted[:limit])
+            assert kept.shape == (limit,) and (kept[count.item() :] == -1).all()
+        torch.library.opcheck(torch.ops.detkit.nms_padded.default, (boxes, scores, of, 0.5, limit))
+
+
+def test_padded_takes_boxes_that_must_not_count() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30]])
+    scores = torch.tensor([-torch.inf, 0.5, 0.9])
+    kept, count = ops.nms_padded(boxes, scores, 0.5, 3)
+    assert kept.tolist() == [2, 1, -1] and count.item() == 2
+
+
+def test_padded_refuses_a_negative_limit() -> None:
+    boxes, scores, _ = candidates(3)
+    with pytest.raises(ValueError, match="nms_padded: limit must be at least 0, got -1"):
+        ops.nms_padded(boxes, scores, 0.5, -1)
+
+
+@pytest.mark.gpu
+def test_padded_in_a_cuda_graph() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    boxes, scores, idxs = (t.cuda() for t in candidates(3000))
+    run = lambda: ops.nms_padded(boxes, scores, 0.5, 100, idxs)  # noqa: E731
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # torch's sort prepares itself on its first call
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept, count = run()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        scores.copy_(torch.rand(3000))
+        graph.replay()
+        expected = ops.batched_nms(boxes, scores, idxs, 0.5)[:100]
+        assert torch.equal(kept[: count.item()], expected)
+
+
 class Suppress(torch.nn.Module):
     def forward(self, boxes: Tensor, scores: Tensor, idxs: Tensor) -> Tensor:
         kept = ops.batched_nms(boxes, scores, idxs, 0.5)

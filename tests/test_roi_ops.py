@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detkit.ops import ps_roi_align, roi_align
 from detkit.ops._library import BUILD_INFO
-from detkit.ops._rois import as_rois, check_deterministic
+from detkit.ops._rois import as_rois
 from detkit.ops.reference import roi as reference
 
 needs_native = pytest.mark.skipif(not BUILD_INFO, reason="the extension is not built")
@@ -415,38 +415,38 @@ def test_threads_do_not_change_the_numbers(variant: Variant) -> None:
         assert torch.equal(grad, results[0][1])
 
 
-def test_deterministic_mode_is_obeyed() -> None:
-    class OnCuda:
-        is_cuda = True
-
-    cpu, cuda = torch.zeros(1), OnCuda()
-    check_deterministic("roi_align", cuda)  # type: ignore[arg-type]
+@needs_native
+@pytest.mark.parametrize("variant", [ROI_ALIGN[5], PS_AVG[0], PS_MAX[0]], ids=str)
+def test_deterministic_mode_gives_the_same_gradient(variant: Variant, device: str) -> None:
+    input = features(2, 12, 19, 21, device=device)
+    boxes = boxes_on(19, 21, 60, variant.scale, 2).to(device)
+    usual = gradient(variant.public, input, boxes)
+    torch.use_deterministic_algorithms(True)
     try:
-        torch.use_deterministic_algorithms(True)
-        check_deterministic("roi_align", cpu)
-        with pytest.raises(RuntimeError, match="roi_align: its CUDA backward"):
-            check_deterministic("roi_align", cuda)  # type: ignore[arg-type]
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with pytest.warns(UserWarning, match="not deterministic"):
-            check_deterministic("roi_align", cuda)  # type: ignore[arg-type]
+        fixed, again = (gradient(variant.public, input, boxes) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
+    assert torch.equal(fixed, again)
+    assert_near(fixed, usual, 1e-12)
 
 
 @needs_native
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", [ROI_ALIGN[5], PS_AVG[0]], ids=str)
-def test_cuda_backward_raises_in_deterministic_mode(variant: Variant) -> None:
+@pytest.mark.parametrize("variant", [ROI_ALIGN[5], PS_AVG[0], PS_MAX[0]], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_cuda_graph_of_pooling(variant: Variant, last: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    input = features(1, 12, 8, 8, device="cuda").requires_grad_()
-    pooled = variant.public(input, torch.tensor([[0, 1.0, 1, 8, 8]], device="cuda"))
-    torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(RuntimeError, match="not deterministic"):
-            pooled.sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    input = features(2, 24, 19, 21, dtype=torch.float32, device="cuda")
+    if last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    boxes = boxes_on(19, 21, 60, variant.scale, 2).to("cuda", torch.float32)
+    expected = variant.public(input, boxes)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pooled = variant.public(input, boxes)
+    graph.replay()
+    assert torch.equal(pooled, expected)
 
 
 # --- tracing

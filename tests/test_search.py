@@ -273,6 +273,24 @@ def test_processes_share_a_search_and_one_may_die(there: Path) -> None:
     assert done.stdout.count("fittest networks") == 1
 
 
+def test_processes_of_one_machine_share_a_search(there: Path) -> None:
+    line = ["search", supernet(), *SHORT, *LIMIT, "--out", "cores", "--processes", "2", "--json"]
+    done = subprocess.run(command(*line), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sequence("cores") == sequence("found")[:8]
+    assert json.loads(done.stdout)["evaluations"] == 8
+
+
+def test_a_search_takes_a_process_per_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert detnas.processes("cpu") == (4, 1)
+    assert detnas.processes("cpu", wanted=2) == (2, 2)
+    assert detnas.processes("cpu", wanted=8) == (8, 1)
+    assert detnas.processes("cpu", gpus=3) == (3, None)
+    with pytest.raises(ConfigError, match="--processes: must be left to searches on a CPU, got 2"):
+        detnas.processes("cpu", 3, 2)
+
+
 def test_a_latency_limit_has_its_table_beside_the_run(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from detkit.config import parse_override
 from detkit.data import eval_batches, open_detection, train_batches
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
-from detkit.engine.train import _Fitting
+from detkit.engine.train import Fitting
 from detkit.errors import CheckpointError
 from detkit.models.backbones.shuffle_supernet import extract, find_supernet
 from detkit.models.search_space import SearchSpace
@@ -216,15 +216,15 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
     """Paths, split, sampling of RoIs and optimiser go on as if nothing had happened."""
     line = [*FINETUNE, "--set", "train.save_every=1", "--steps", "4"]
     assert call(capsys, *line, "--out", "whole")[0] == 0
-    before = _Fitting._report
+    before = Fitting._report
 
-    def stop(self: _Fitting, *arguments: Any) -> None:
+    def stop(self: Fitting, *arguments: Any) -> None:
         before(self, *arguments)
         if self.progress.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Fitting, "_report", stop)
+        patch.setattr(Fitting, "_report", stop)
         assert call(capsys, *line, "--out", "parts")[0] == 143
     assert 2 <= checkpoints.load("parts/last.pth")["progress"]["step"] < 4
     assert call(capsys, *line, "--out", "parts", "--resume", "auto")[0] == 0

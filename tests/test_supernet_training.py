@@ -194,9 +194,8 @@ def test_images_without_objects_are_left_out_of_training_alone(
     found = []
     for skip in (False, True):
         config = resolve([tables, {"data": {"skip_empty": skip}, "train": {"steps": 1}}])
-        plan = api.training_plan("finetune", config)
-        evaluated = plan.get("search_images", plan.get("val_images"))
-        found.append((plan["train_images"], evaluated))
+        ready = api.prepare("finetune", config, torch.device("cpu"))
+        found.append((len(ready.train_set), len(ready.val_set)))
     (kept, evaluated), (left, then) = found
     assert evaluated == then == (10 if backbone == "resnet50-tiny" else 2)
     held = SearchSplit.draw(range(1, 11), 2, 0).search if evaluated == 2 else ()

@@ -51,41 +51,68 @@ struct Corners {
   T near_near, near_far, far_near, far_far;
 };
 
+// Zeros outside the map.
 template <typename T, int V>
-DETKIT_HD void load_pixel(const TapPlan<typename Cell<T>::Compute>& plan, const T* image, int64_t h,
-                          int64_t w, typename Cell<T>::Compute (&to)[V]) {
-  if (h < 0 || h >= plan.height || w < 0 || w >= plan.width) {
-    for (int v = 0; v < V; ++v) to[v] = 0;
-    return;
-  }
-  const auto pack =
-      *reinterpret_cast<const Pack<T, V>*>(image + (h * plan.width + w) * plan.channels);
-  for (int v = 0; v < V; ++v) to[v] = Cell<T>::load(pack.value[v]);
+DETKIT_HD Pack<T, V> load_pixel(const TapPlan<typename Cell<T>::Compute>& plan, const T* image,
+                                int64_t h, int64_t w) {
+  if (h < 0 || h >= plan.height || w < 0 || w >= plan.width) return {};
+  return *reinterpret_cast<const Pack<T, V>*>(image + (h * plan.width + w) * plan.channels);
 }
+
+// The corners of V channels as they are stored, with the taps that weigh them.
+template <typename T, int V>
+struct RawCorners {
+  Pack<T, V> near_near, near_far, far_near, far_far;
+  Tap<typename Cell<T>::Compute> row, col;
+};
 
 // `image` is the sample's first channel of the pack. A far corner of no weight is read only where
 // derivatives ask for it.
+template <typename T, int V>
+DETKIT_HD RawCorners<T, V> fetch_corners(const TapPlan<typename Cell<T>::Compute>& plan,
+                                         const T* image, const Tap<typename Cell<T>::Compute>& row,
+                                         const Tap<typename Cell<T>::Compute>& col, int64_t p,
+                                         int64_t q, bool derivatives) {
+  const int64_t h0 = p * plan.stride_h + row.near, h1 = p * plan.stride_h + row.far;
+  const int64_t w0 = q * plan.stride_w + col.near, w1 = q * plan.stride_w + col.far;
+  const bool far_h = derivatives || row.far_weight != 0;
+  const bool far_w = derivatives || col.far_weight != 0;
+  RawCorners<T, V> raw{{}, {}, {}, {}, row, col};
+  raw.near_near = load_pixel<T, V>(plan, image, h0, w0);
+  if (far_w) raw.near_far = load_pixel<T, V>(plan, image, h0, w1);
+  if (far_h) raw.far_near = load_pixel<T, V>(plan, image, h1, w0);
+  if (far_h && far_w) raw.far_far = load_pixel<T, V>(plan, image, h1, w1);
+  return raw;
+}
+
+template <typename T, int V>
+DETKIT_HD Corners<typename Cell<T>::Compute> corners_of(const RawCorners<T, V>& raw, int v) {
+  return {Cell<T>::load(raw.near_near.value[v]), Cell<T>::load(raw.near_far.value[v]),
+          Cell<T>::load(raw.far_near.value[v]), Cell<T>::load(raw.far_far.value[v])};
+}
+
 template <typename T, int V>
 DETKIT_HD void load_corners(const TapPlan<typename Cell<T>::Compute>& plan, const T* image,
                             const Tap<typename Cell<T>::Compute>& row,
                             const Tap<typename Cell<T>::Compute>& col, int64_t p, int64_t q,
                             bool derivatives, Corners<typename Cell<T>::Compute> (&corners)[V]) {
-  using A = typename Cell<T>::Compute;
-  const int64_t h0 = p * plan.stride_h + row.near, h1 = p * plan.stride_h + row.far;
-  const int64_t w0 = q * plan.stride_w + col.near, w1 = q * plan.stride_w + col.far;
-  const bool far_h = derivatives || row.far_weight != A(0);
-  const bool far_w = derivatives || col.far_weight != A(0);
-  A nn[V], nf[V] = {}, fn[V] = {}, ff[V] = {};
-  load_pixel<T, V>(plan, image, h0, w0, nn);
-  if (far_w) load_pixel<T, V>(plan, image, h0, w1, nf);
-  if (far_h) load_pixel<T, V>(plan, image, h1, w0, fn);
-  if (far_h && far_w) load_pixel<T, V>(plan, image, h1, w1, ff);
-  for (int v = 0; v < V; ++v) corners[v] = {nn[v], nf[v], fn[v], ff[v]};
+  const auto raw = fetch_corners<T, V>(plan, image, row, col, p, q, derivatives);
+  for (int v = 0; v < V; ++v) corners[v] = corners_of(raw, v);
 }
 
 template <typename T>
 DETKIT_HD T sampled(const Tap<T>& row, const Tap<T>& col, const Corners<T>& x) {
   return blend(col, blend(row, x.near_near, x.far_near), blend(row, x.near_far, x.far_far));
+}
+
+// The V samples between the corners, rounded once.
+template <typename T, int V>
+DETKIT_HD Pack<T, V> sampled(const RawCorners<T, V>& raw) {
+  Pack<T, V> out;
+  for (int v = 0; v < V; ++v) {
+    out.value[v] = Cell<T>::store(sampled(raw.row, raw.col, corners_of(raw, v)));
+  }
+  return out;
 }
 
 // What one column gradient g adds to those of the two scales.

@@ -13,8 +13,9 @@ namespace {
 using Ints = std::vector<int64_t>;
 
 Tensor dilated_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                      const Ints& stride, const Ints& padding, const Ints& dilation,
-                      int64_t groups) {
+                      const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+                      int64_t algorithm) {
+  check_algorithm("dilated_conv2d", algorithm, false);
   const ConvShape shape = dilated_shape(input, weight, bias, stride, padding, dilation, groups);
   const WholeTaps where{dilation[0], dilation[1], padding[0], padding[1]};
   if (library_runs_forward(shape, where, input)) {

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "cpu/nms_kernel.h"
 #include "nms_inputs.h"
@@ -42,11 +44,27 @@ Tensor batched_nms_op(const Tensor& boxes, const Tensor& scores, const Tensor& i
   return nms_of_classes(boxes, scores, idxs, iou_threshold);
 }
 
+std::tuple<Tensor, Tensor> nms_padded_op(const Tensor& boxes, const Tensor& scores,
+                                         const std::optional<Tensor>& idxs, double iou_threshold,
+                                         int64_t limit) {
+  check_limit(limit);
+  const Tensor all = nms_of_classes(boxes, scores, idxs, iou_threshold);
+  const int64_t total = std::min(all.size(0), limit);
+  Tensor kept = torch::stable::new_empty(boxes, {limit}, ScalarType::Long);
+  Tensor count = torch::stable::new_empty(boxes, {}, ScalarType::Long);
+  auto* rows = kept.mutable_data_ptr<int64_t>();
+  std::copy_n(all.const_data_ptr<int64_t>(), total, rows);
+  std::fill(rows + total, rows + limit, int64_t(-1));
+  *count.mutable_data_ptr<int64_t>() = total;
+  return {kept, count};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(detkit, CPU, m) {
   m.impl("nms", TORCH_BOX(&nms_op));
   m.impl("batched_nms", TORCH_BOX(&batched_nms_op));
+  m.impl("nms_padded", TORCH_BOX(&nms_padded_op));
 }
 
 }  // namespace detkit::cpu

@@ -60,7 +60,8 @@ std::tuple<Tensor, Tensor> ps_roi_align_op(const Tensor& input, const Tensor& ro
 Tensor ps_roi_align_backward_op(const Tensor& grad, const Tensor& rois, const Tensor& argmax,
                                 double spatial_scale, int64_t pooled_height, int64_t pooled_width,
                                 int64_t sampling_ratio, bool reduce_max, double offset,
-                                int64_t batch, int64_t channels, int64_t height, int64_t width) {
+                                int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                bool) {
   check_rois("ps_roi_align", grad, rois);
   const RoiSpec spec =
       ps_roi_align_spec(batch, channels, height, width, pooled_height, pooled_width, spatial_scale,

@@ -54,7 +54,7 @@ Tensor roi_align_op(const Tensor& input, const Tensor& rois, double spatial_scal
 Tensor roi_align_backward_op(const Tensor& grad, const Tensor& rois, double spatial_scale,
                              int64_t pooled_height, int64_t pooled_width, int64_t batch,
                              int64_t channels, int64_t height, int64_t width,
-                             int64_t sampling_ratio, bool aligned) {
+                             int64_t sampling_ratio, bool aligned, bool) {
   check_rois("roi_align", grad, rois);
   const RoiSpec spec = roi_align_spec(batch, channels, height, width, pooled_height, pooled_width,
                                       spatial_scale, sampling_ratio, aligned);

@@ -47,7 +47,9 @@ SampleTaps scaled_taps(const ConvShape& shape, const Tensor& scales) {
 }
 
 Tensor scaled_conv2d(const Tensor& input, const Tensor& weight, const Tensor& scales,
-                     const std::optional<Tensor>& bias, const Ints& stride, int64_t groups) {
+                     const std::optional<Tensor>& bias, const Ints& stride, int64_t groups,
+                     int64_t algorithm) {
+  check_algorithm("scaled_conv2d", algorithm, false);
   const ConvShape shape = scaled_shape(input, weight, scales, bias, stride, groups);
   const RoadMap output = make_output(input, shape);
   tap_forward(shape, scaled_taps(shape, scales), prepared(input), prepared(weight), prepared(bias),

@@ -88,7 +88,8 @@ std::tuple<Tensor, std::vector<Tensor>> library_backward(const std::vector<Split
 
 Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
                     const std::optional<Tensor>& bias, const Ints& dilations, const Ints& stride,
-                    int64_t groups) {
+                    int64_t groups, int64_t algorithm) {
+  check_algorithm("split_conv2d", algorithm, false);
   const auto parts = split_parts(input, weights, bias, dilations, stride, groups);
   if (whole_inputs(parts, input) && library_runs_all_forward(parts, input)) {
     return library_forward(parts, input, weights, bias);

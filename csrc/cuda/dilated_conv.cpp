@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "conv_shapes.h"
+#include "cuda/fused_conv.h"
 #include "cuda/tap_conv.h"
 #include "torch_stable.h"
 
@@ -16,12 +17,20 @@ Taps taps_of(const Ints& padding, const Ints& dilation) {
 }
 
 Tensor dilated_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                      const Ints& stride, const Ints& padding, const Ints& dilation,
-                      int64_t groups) {
+                      const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+                      int64_t algorithm) {
+  check_algorithm("dilated_conv2d", algorithm, true);
   const ConvShape shape = dilated_shape(input, weight, bias, stride, padding, dilation, groups);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Tensor output = empty_output(input, shape);
-  tap_forward(shape, taps_of(padding, dilation), side_by_side(input), weight, dense(bias), output);
+  const Tensor x = side_by_side(input);
+  const Taps taps = taps_of(padding, dilation);
+  if (algorithm == kFused) {
+    fused_forward("dilated_conv2d", {{shape, taps.whole, weight}}, x, std::nullopt, dense(bias),
+                  output);
+  } else {
+    tap_forward(shape, taps, x, weight, dense(bias), output);
+  }
   return laid_out(output, input);
 }
 

@@ -22,4 +22,11 @@ inline unsigned blocks_for(int64_t n, int threads = kThreads) {
        i += int64_t(gridDim.x) * blockDim.x)
 #endif
 
+// Before a loop whose counter indexes registers.
+#if defined(__CUDACC__) && !defined(DETKIT_EMULATED_CUDA)
+#define DETKIT_UNROLL _Pragma("unroll")
+#else
+#define DETKIT_UNROLL
+#endif
+
 }  // namespace detkit::cuda

@@ -1,6 +1,7 @@
 // A thread per output, columns of bins fastest.
 #include "cuda/launch.cuh"
 #include "cuda/ps_roi_align_kernel.h"
+#include "cuda/roi_gather.cuh"
 #include "cuda/roi_sample.cuh"
 
 namespace detkit::cuda {
@@ -53,7 +54,7 @@ __global__ void backward_mean(RoiSpec spec, const T* __restrict__ grad, const A*
     A* plane = grad_input + plane_offset(roi, at, spec);
     const A share = widen(grad[index]) / roi_sample_count(rows, columns);
     for_each_sample(rows, columns, at.row, at.column, [&](const Taps<A>& y, const Taps<A>& x) {
-      spread(plane, spec.width, y, x, share);
+      spread(plane, spec.width, 1, y, x, share);
     });
   }
 }
@@ -98,7 +99,7 @@ __global__ void backward_max(RoiSpec spec, const T* __restrict__ grad,
     const RoiAxis<A> rows = roi_rows(roi, spec), columns = roi_columns(roi, spec);
     const Taps<A> y = rows.taps(rows.bin_start(at.row), argmax[index] / columns.grid);
     const Taps<A> x = columns.taps(columns.bin_start(at.column), argmax[index] % columns.grid);
-    spread(grad_input + plane_offset(roi, at, spec), spec.width, y, x, widen(grad[index]));
+    spread(grad_input + plane_offset(roi, at, spec), spec.width, 1, y, x, widen(grad[index]));
   }
 }
 
@@ -129,11 +130,29 @@ void ps_roi_align_backward(const RoiSpec& spec, const T* grad, const int32_t* ar
   }
 }
 
+template <class T, class A>
+void ps_roi_align_gather(const RoiSpec& spec, const T* grad, const int32_t* argmax, const A* rois,
+                         int64_t count, T* grad_input, cudaStream_t stream) {
+  const GatherShape shape{spec.channels / (spec.bins_down * spec.bins_across), true};
+  const int64_t blocks = gather_blocks(spec, shape);
+  if (blocks == 0) return;
+  const unsigned grid = blocks_for(blocks, 1);
+  if (argmax != nullptr) {
+    gather_kernel<T, A, true>
+        <<<grid, kThreads, 0, stream>>>(spec, shape, grad, argmax, rois, count, blocks, grad_input);
+  } else {
+    gather_kernel<T, A, false><<<grid, kThreads, 0, stream>>>(spec, shape, grad, nullptr, rois,
+                                                              count, blocks, grad_input);
+  }
+}
+
 #define DETKIT_INSTANTIATE(T, A)                                                                   \
   template void ps_roi_align_forward(const RoiSpec&, const T*, const A*, int64_t, T*, int32_t*,    \
                                      cudaStream_t);                                                \
   template void ps_roi_align_backward(const RoiSpec&, const T*, const int32_t*, const A*, int64_t, \
-                                      A*, cudaStream_t);
+                                      A*, cudaStream_t);                                           \
+  template void ps_roi_align_gather(const RoiSpec&, const T*, const int32_t*, const A*, int64_t,   \
+                                    T*, cudaStream_t);
 DETKIT_INSTANTIATE(float, float)
 DETKIT_INSTANTIATE(double, double)
 DETKIT_INSTANTIATE(__half, float)

@@ -21,4 +21,9 @@ template <class T, class A>
 void ps_roi_align_backward(const RoiSpec& spec, const T* grad, const int32_t* argmax, const A* rois,
                            int64_t count, A* grad_input, cudaStream_t stream);
 
+// Writes grad_input, each sum in a fixed order. grad and argmax are (R, P, Q, D).
+template <class T, class A>
+void ps_roi_align_gather(const RoiSpec& spec, const T* grad, const int32_t* argmax, const A* rois,
+                         int64_t count, T* grad_input, cudaStream_t stream);
+
 }  // namespace detkit::cuda

@@ -1,4 +1,5 @@
-// One bilinear sample of a plane and its adjoint, and loads and stores of any dtype.
+// One bilinear sample of a plane or of channels side by side, its adjoint, and loads and stores of
+// any dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,6 +9,7 @@
 #include <cmath>
 
 #include "common/roi.h"
+#include "common/tap_elements.h"
 
 namespace detkit::cuda {
 
@@ -42,13 +44,31 @@ __device__ A sample(const T* __restrict__ plane, int64_t width, const Taps<A>& y
   return value;
 }
 
-// Adds the gradient of sample() by atomics, in no fixed order.
-template <class A>
-__device__ void spread(A* plane, int64_t width, const Taps<A>& y, const Taps<A>& x, A grad) {
+// V channels that lie side by side, added up at (y, x); `map` is the first one at the origin.
+template <class T, class A, int V>
+__device__ void add_sample(const T* __restrict__ map, int64_t width, int64_t channels,
+                           const Taps<A>& y, const Taps<A>& x, A (&sums)[V]) {
+  const auto cell = [&](int64_t h, int64_t w, A weight) {
+    const auto pack = *reinterpret_cast<const Pack<T, V>*>(map + (h * width + w) * channels);
+    for (int v = 0; v < V; ++v) sums[v] += weight * widen(pack.value[v]);
+  };
   const auto row = [&](int64_t index, A weight) {
-    A* cells = plane + index * width;
-    if (x.low_inside) atomicAdd(cells + x.low, weight * x.low_weight * grad);
-    if (x.high_inside) atomicAdd(cells + x.high, weight * x.high_weight * grad);
+    if (x.low_inside) cell(index, x.low, weight * x.low_weight);
+    if (x.high_inside) cell(index, x.high, weight * x.high_weight);
+  };
+  if (y.low_inside) row(y.low, y.low_weight);
+  if (y.high_inside) row(y.high, y.high_weight);
+}
+
+// Adds the gradient of sample() by atomics, in no fixed order. Neighbours in a row of the map lie
+// `step` apart.
+template <class A>
+__device__ void spread(A* plane, int64_t width, int64_t step, const Taps<A>& y, const Taps<A>& x,
+                       A grad) {
+  const auto row = [&](int64_t index, A weight) {
+    A* cells = plane + index * width * step;
+    if (x.low_inside) atomicAdd(cells + x.low * step, weight * x.low_weight * grad);
+    if (x.high_inside) atomicAdd(cells + x.high * step, weight * x.high_weight * grad);
   };
   if (y.low_inside) row(y.low, y.low_weight);
   if (y.high_inside) row(y.high, y.high_weight);

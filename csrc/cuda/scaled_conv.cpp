@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "conv_shapes.h"
+#include "cuda/fused_conv.h"
 #include "cuda/tap_conv.h"
 #include "torch_stable.h"
 
@@ -15,11 +16,19 @@ using Ints = std::vector<int64_t>;
 Taps taps_of(const Tensor& scales) { return {{}, torch::stable::contiguous(scales)}; }
 
 Tensor scaled_conv2d(const Tensor& input, const Tensor& weight, const Tensor& scales,
-                     const std::optional<Tensor>& bias, const Ints& stride, int64_t groups) {
+                     const std::optional<Tensor>& bias, const Ints& stride, int64_t groups,
+                     int64_t algorithm) {
+  check_algorithm("scaled_conv2d", algorithm, true);
   const ConvShape shape = scaled_shape(input, weight, scales, bias, stride, groups);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Tensor output = empty_output(input, shape);
-  tap_forward(shape, taps_of(scales), side_by_side(input), weight, dense(bias), output);
+  const Tensor x = side_by_side(input);
+  const Taps taps = taps_of(scales);
+  if (algorithm == kFused) {
+    fused_forward("scaled_conv2d", {{shape, {}, weight}}, x, taps.scales, dense(bias), output);
+  } else {
+    tap_forward(shape, taps, x, weight, dense(bias), output);
+  }
   return laid_out(output, input);
 }
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "conv_shapes.h"
+#include "cuda/fused_conv.h"
 #include "cuda/tap_conv.h"
 #include "torch_stable.h"
 
@@ -13,11 +14,20 @@ using Ints = std::vector<int64_t>;
 
 Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
                     const std::optional<Tensor>& bias, const Ints& dilations, const Ints& stride,
-                    int64_t groups) {
+                    int64_t groups, int64_t algorithm) {
+  check_algorithm("split_conv2d", algorithm, true);
   const auto parts = split_parts(input, weights, bias, dilations, stride, groups);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Tensor output = empty_output(input, parts[0].shape), x = side_by_side(input);
   std::optional<Tensor> all = dense(bias), shift;
+  if (algorithm == kFused) {
+    std::vector<FusedPart> fused;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      fused.push_back({parts[i].shape, parts[i].taps, weights[i]});
+    }
+    fused_forward("split_conv2d", fused, x, std::nullopt, all, output);
+    return laid_out(output, input);
+  }
   for (size_t i = 0; i < parts.size(); ++i) {
     const ConvShape& shape = parts[i].shape;
     if (all) shift = torch::stable::narrow(*all, 0, shape.out_begin, weights[i].size(0));

@@ -117,28 +117,88 @@ Tensor rois(ScalarType features) {
   return tensor(rows, {7, 5}, coordinates(features));
 }
 
+using Ints3 = std::array<int64_t, 3>;
+
+struct Sizes {
+  int64_t channels, bins, boxes;
+};
+
+// Boxes of a map of about 20 x 20 at scale 0.5, some across its border.
+Tensor random_rois(int64_t count, int64_t batch, ScalarType type) {
+  std::mt19937 generator(count);
+  std::vector<double> rows;
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = double(generator() % 400) / 10 - 4, y = double(generator() % 400) / 10 - 4;
+    const double across = double(generator() % 150) / 10, down = double(generator() % 150) / 10;
+    rows.insert(rows.end(), {double(generator() % batch), x, y, x + across, y + down});
+  }
+  return tensor(rows, {count, 5}, type);
+}
+
+}  // namespace
+
+namespace {
+
+struct Candidates {
+  std::vector<double> boxes, scores, classes;
+};
+
+// Boxes on a small grid, so that many overlap, and by just the threshold; many scores are equal.
+Candidates candidates(int n, int classes, int area) {
+  std::mt19937 generator(n + classes);
+  Candidates all;
+  for (int i = 0; i < n; ++i) {
+    const double x = generator() % area, y = generator() % area;
+    all.boxes.insert(all.boxes.end(), {x, y, x + generator() % 16, y + generator() % 16});
+    all.scores.push_back(generator() % 50);
+    all.classes.push_back(double(generator() % classes) - 1);
+  }
+  if (n > 60) all.boxes[4 * 7 + 1] = std::numeric_limits<double>::quiet_NaN();
+  return all;
+}
+
+void compare_nms(const Candidates& all, ScalarType type, double threshold) {
+  const auto n = int64_t(all.scores.size());
+  const Tensor b = tensor(all.boxes, {n, 4}, type), s = tensor(all.scores, {n}, type);
+  const auto idxs = std::optional(tensor(all.classes, {n}, ScalarType::Long));
+  compare("nms", 1, 0, b, s, threshold);
+  compare("batched_nms", 1, 0, b, s, *idxs, threshold);
+  for (const int64_t limit : {int64_t(0), int64_t(10), n + 3}) {
+    compare("nms_padded", 2, 0, b, s, std::optional<Tensor>(), threshold, limit);
+    compare("nms_padded", 2, 0, b, s, idxs, threshold, limit);
+  }
+}
+
 }  // namespace
 
 TEST(nms) {
-  std::mt19937 generator(1);
-  for (const int n : {0, 1, 63, 64, 65, 130, 300}) {
-    std::vector<double> boxes, scores, classes;
-    for (int i = 0; i < n; ++i) {
-      const double x = generator() % 40, y = generator() % 40;
-      boxes.insert(boxes.end(), {x, y, x + generator() % 16, y + generator() % 16});
-      scores.push_back(generator() % 50);
-      classes.push_back(generator() % 3);
-    }
-    if (n > 60) boxes[4 * 7 + 1] = std::numeric_limits<double>::quiet_NaN();
-    const Tensor idxs = tensor(classes, {n}, ScalarType::Long);
+  for (const int n : {0, 1, 63, 64, 65, 300}) {
     for (const ScalarType type : kTypes) {
-      const Tensor b = tensor(boxes, {n, 4}, type), s = tensor(scores, {n}, type);
       for (const double threshold : {0.0, 0.25, 2.0 / 3, 1.0}) {
-        compare("nms", 1, 0, b, s, threshold);
-        compare("batched_nms", 1, 0, b, s, idxs, threshold);
+        compare_nms(candidates(n, 3, 40), type, threshold);
       }
     }
   }
+}
+
+// Survivors suppress boxes of their own chunk, of the next one, and of later ones.
+TEST(nms_over_several_chunks) {
+  for (const int n : {511, 512, 513, 1024, 1025, 2300}) {
+    compare_nms(candidates(n, 4, 60), ScalarType::Float, 0.3);
+    compare_nms(candidates(n, 200, 400), ScalarType::Float, 0.1);
+  }
+}
+
+// Each box overlaps its neighbours only: every second one stays, by as many rounds as there are
+// boxes in a chunk.
+TEST(nms_of_a_chain) {
+  Candidates chain;
+  for (int i = 0; i < 1300; ++i) {
+    chain.boxes.insert(chain.boxes.end(), {4.0 * i, 0, 4.0 * i + 6, 5});
+    chain.scores.push_back(-i);
+    chain.classes.push_back(0);
+  }
+  compare_nms(chain, ScalarType::Float, 0.1);
 }
 
 TEST(roi_align) {
@@ -151,10 +211,42 @@ TEST(roi_align) {
         for (const Tensor& x : {input, channels_last(input)}) {
           compare("roi_align", 1, tolerance(type), x, boxes, 0.5, bins, bins, sampling, aligned);
         }
-        compare("_roi_align_backward", 1, tolerance(type), grad, boxes, 0.5, bins, bins, n, c, h, w,
-                sampling, aligned);
+        for (const bool deterministic : {false, true}) {
+          compare("_roi_align_backward", 1, tolerance(type), grad, boxes, 0.5, bins, bins, n, c, h,
+                  w, sampling, aligned, deterministic);
+        }
       }
     }
+  }
+}
+
+// More boxes, bins, channels and positions than a block takes: packs of channels, and single ones.
+TEST(roi_align_over_several_blocks) {
+  const int64_t n = 2, h = 20, w = 18;
+  for (const auto& [c, bins, count] : {Sizes{136, 3, 300}, Sizes{36, 9, 7}, Sizes{35, 17, 5}}) {
+    const Tensor boxes = random_rois(count, n, ScalarType::Float);
+    for (const ScalarType type : {ScalarType::Float, ScalarType::Half}) {
+      const Tensor x = channels_last(random({n, c, h, w}, type, 20));
+      compare("roi_align", 1, tolerance(type), x, boxes, 0.5, bins, bins, int64_t(-1), true);
+    }
+    const Tensor grad = random({count, c, bins, bins}, ScalarType::Float, 21);
+    for (const bool deterministic : {false, true}) {
+      compare("_roi_align_backward", 1, 1e-3, grad, boxes, 0.5, bins, bins, n, c, h, w, int64_t(-1),
+              true, deterministic);
+    }
+  }
+}
+
+TEST(ps_roi_align_over_several_blocks) {
+  const int64_t n = 2, depth = 34, bins = 2, c = depth * bins * bins, h = 17, w = 12, count = 260;
+  const Tensor boxes = random_rois(count, n, ScalarType::Float);
+  const Tensor x = random({n, c, h, w}, ScalarType::Float, 22);
+  const Tensor grad = random({count, depth, bins, bins}, ScalarType::Float, 23);
+  for (const bool reduce_max : {false, true}) {
+    const auto outputs = compare("ps_roi_align", 2, 1e-4, channels_last(x), boxes, 0.5, bins, bins,
+                                 int64_t(2), reduce_max, 0.0);
+    compare("_ps_roi_align_backward", 1, 1e-3, grad, boxes, outputs[1], 0.5, bins, bins, int64_t(2),
+            reduce_max, 0.0, n, c, h, w, true);
   }
 }
 
@@ -168,8 +260,10 @@ TEST(ps_roi_align) {
       for (const int64_t sampling : {int64_t(2), reduce_max ? int64_t(3) : int64_t(-1)}) {
         const auto outputs = compare("ps_roi_align", 2, tolerance(type), input, boxes, 0.5, bins,
                                      bins, sampling, reduce_max, offset);
-        compare("_ps_roi_align_backward", 1, tolerance(type), grad, boxes, outputs[1], 0.5, bins,
-                bins, sampling, reduce_max, offset, n, c, h, w);
+        for (const bool deterministic : {false, true}) {
+          compare("_ps_roi_align_backward", 1, tolerance(type), grad, boxes, outputs[1], 0.5, bins,
+                  bins, sampling, reduce_max, offset, n, c, h, w, deterministic);
+        }
       }
     }
   }
@@ -181,9 +275,9 @@ TEST(dilated_conv2d) {
       const Tensor input = random({2, 8, 9, 7}, type, 5), bias = random({6}, type, 6);
       const Tensor weight = random({6, 8 / groups, 3, 3}, type, 7);
       for (const Tensor& x : {input, channels_last(input)}) {
-        const auto outputs =
-            compare("dilated_conv2d", 1, 10 * tolerance(type), x, weight,
-                    std::optional<Tensor>(bias), Ints{2, 1}, Ints{2, 3}, Ints{2, 3}, groups);
+        const auto outputs = compare("dilated_conv2d", 1, 10 * tolerance(type), x, weight,
+                                     std::optional<Tensor>(bias), Ints{2, 1}, Ints{2, 3},
+                                     Ints{2, 3}, groups, int64_t(0));
         compare("_dilated_conv2d_backward", 2, 40 * tolerance(type), outputs[0], x, weight,
                 Ints{2, 1}, Ints{2, 3}, Ints{2, 3}, groups, true, true);
       }
@@ -201,7 +295,7 @@ TEST(scaled_conv2d) {
         const Tensor input = random({2, channels, 9, 7}, type, 8);
         const Tensor weight = random({6, channels / groups, 3, 3}, type, 9);
         const auto outputs = compare("scaled_conv2d", 1, 10 * tolerance(type), input, weight,
-                                     scales, kNoBias, Ints{1, 2}, groups);
+                                     scales, kNoBias, Ints{1, 2}, groups, int64_t(0));
         compare("_scaled_conv2d_backward", 3, 100 * tolerance(type), random({2, 6, 9, 4}, type, 10),
                 input, weight, scales, Ints{1, 2}, groups, true, true, true);
         CHECK(outputs[0].size(2) == 9 && outputs[0].size(3) == 4);
@@ -220,6 +314,114 @@ TEST(split_conv2d) {
                                       random({2, 8, 3, 3}, type, 14),
                                       random({1, 8, 1, 3}, type, 15)};
     compare("split_conv2d", 1, 10 * tolerance(type), input, weights,
-            std::optional<Tensor>(random({6}, type, 16)), dilations, stride, int64_t(1));
+            std::optional<Tensor>(random({6}, type, 16)), dilations, stride, int64_t(1),
+            int64_t(0));
   }
+}
+
+namespace {
+
+// The fused CUDA operator against the CPU's, which has no such algorithm.
+template <class... Args>
+void compare_fused(const std::string& op, double tolerance, const Args&... args) {
+  auto fused = call("detkit_emulated::" + op, args..., int64_t(1));
+  auto expected = call("detkit::" + op, args..., int64_t(0));
+  check_same(op + ", fused", boxed::to<Tensor>(fused[0]), boxed::to<Tensor>(expected[0]),
+             tolerance);
+}
+
+const std::vector<ScalarType> kHalves{ScalarType::Half, ScalarType::BFloat16};
+
+}  // namespace
+
+// Depth of less than a step and of many, outputs that end inside a tile, odd numbers of them,
+// groups, strides, kernels beyond the map; small tiles and, for three and more of them, large ones.
+TEST(fused_dilated_conv2d) {
+  struct Case {
+    int64_t batch, channels, outputs, height, width, kernel, groups;
+    Ints stride, padding, dilation;
+  };
+  const std::vector<Case> cases{
+      {1, 8, 8, 5, 4, 3, 1, {1, 1}, {1, 1}, {1, 1}},
+      {2, 16, 6, 9, 7, 3, 1, {2, 1}, {2, 3}, {2, 3}},
+      {1, 48, 70, 7, 11, 3, 1, {1, 2}, {9, 9}, {9, 9}},
+      {3, 32, 10, 6, 6, 1, 2, {1, 1}, {0, 0}, {1, 1}},
+      {1, 16, 7, 8, 9, 5, 1, {1, 1}, {4, 2}, {2, 1}},
+      {2, 16, 130, 13, 12, 3, 2, {1, 1}, {1, 1}, {1, 1}},
+      {4, 8, 9, 12, 10, 3, 1, {1, 1}, {1, 1}, {1, 1}},
+      {0, 8, 8, 5, 4, 3, 1, {1, 1}, {1, 1}, {1, 1}},
+  };
+  unsigned seed = 30;
+  for (const Case& c : cases) {
+    for (const ScalarType type : kHalves) {
+      const Tensor x = random({c.batch, c.channels, c.height, c.width}, type, ++seed);
+      const Tensor weight =
+          random({c.outputs, c.channels / c.groups, c.kernel, c.kernel}, type, ++seed);
+      const auto bias = std::optional(random({c.outputs}, type, ++seed));
+      for (const auto& shift : {bias, kNoBias}) {
+        compare_fused("dilated_conv2d", 4 * tolerance(type), x, weight, shift, c.stride, c.padding,
+                      c.dilation, c.groups);
+      }
+    }
+  }
+}
+
+TEST(fused_scaled_conv2d) {
+  const Tensor scales = tensor({2.37, 1.61, 0.4, 3.0, -1.5, 40.0}, {3, 2}, ScalarType::Float);
+  for (const ScalarType type : kHalves) {
+    for (const auto& [channels, outputs, groups] :
+         {Ints3{8, 5, 1}, Ints3{48, 70, 1}, Ints3{32, 12, 2}}) {
+      const Tensor x = random({3, channels, 9, 11}, type, 50);
+      const Tensor weight = random({outputs, channels / groups, 3, 3}, type, 51);
+      const auto bias = std::optional(random({outputs}, type, 52));
+      compare_fused("scaled_conv2d", 4 * tolerance(type), channels_last(x), weight, scales, bias,
+                    Ints{1, 1}, groups);
+      compare_fused("scaled_conv2d", 4 * tolerance(type), x, weight, scales, kNoBias, Ints{2, 3},
+                    groups);
+    }
+  }
+}
+
+// A sample with a non-finite scale is NaN, the CPU operator refuses it.
+TEST(fused_scaled_conv2d_of_a_non_finite_scale) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const Tensor scales = tensor({nan, 1.5, 2.5, 1.5}, {2, 2}, ScalarType::Float);
+  const Tensor x = random({2, 8, 6, 5}, ScalarType::Half, 53);
+  const Tensor weight = random({4, 8, 3, 3}, ScalarType::Half, 54);
+  auto fused = call("detkit_emulated::scaled_conv2d", x, weight, scales, kNoBias, Ints{1, 1},
+                    int64_t(1), int64_t(1));
+  const auto y = values(boxed::to<Tensor>(fused[0]));
+  for (size_t i = 0; i < y.size(); ++i) CHECK(std::isnan(y[i]) == (i < y.size() / 2));
+}
+
+// More parts than a launch takes, each with its own kernel, dilation and end of a tile.
+TEST(fused_split_conv2d) {
+  const Ints dilations{1, 1, 2, 3, 0, 2, 4, 4, 1, 1};
+  for (const ScalarType type : kHalves) {
+    const Tensor x = random({2, 16, 9, 7}, type, 60);
+    const std::vector<Tensor> weights{
+        random({3, 16, 3, 3}, type, 61), random({66, 16, 3, 3}, type, 62),
+        random({5, 16, 1, 3}, type, 63), random({64, 16, 5, 3}, type, 64),
+        random({2, 16, 1, 1}, type, 65)};
+    compare_fused("split_conv2d", 4 * tolerance(type), x, weights,
+                  std::optional<Tensor>(random({140}, type, 66)), dilations, Ints{1, 2},
+                  int64_t(1));
+  }
+}
+
+TEST(fused_refuses_what_does_not_fit) {
+  const auto refuses = [](const Tensor& x, const Tensor& weight) {
+    try {
+      call("detkit_emulated::dilated_conv2d", x, weight, kNoBias, Ints{1, 1}, Ints{1, 1},
+           Ints{1, 1}, int64_t(1), int64_t(1));
+    } catch (const std::exception&) {
+      return true;
+    }
+    return false;
+  };
+  for (const auto type : {ScalarType::Float, ScalarType::Double}) {
+    CHECK(refuses(random({1, 8, 5, 5}, type, 1), random({4, 8, 3, 3}, type, 2)));
+  }
+  CHECK(refuses(random({1, 12, 5, 5}, ScalarType::Half, 1),
+                random({4, 12, 3, 3}, ScalarType::Half, 2)));
 }

@@ -184,6 +184,18 @@ class ClassificationDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, indices: Sequence[int]) -> ClassificationDataset:
+        """The images ``indices`` alone, in that order; the report is the whole set's."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return replace(
+            self,
+            names=self.names.take(indices),
+            labels=self.labels[chosen],
+            sizes=self.sizes[chosen],
+            pixels=None if self.pixels is None else self.pixels[chosen],
+            damaged=set(),
+        )
+
     @property
     def files(self) -> list[str]:
         """File names of the usable images, in order."""

@@ -46,6 +46,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def local_world_size() -> int:
+    """Number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+
+
 def launched() -> bool:
     """Whether this process was started by torchrun or :func:`launch`."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -143,16 +148,19 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def launch(processes: int, command: Sequence[str]) -> int:
+def launch(processes: int, command: Sequence[str], *, threads: int | None = None) -> int:
     """Run ``command`` in ``processes`` processes of this machine, as torchrun does.
 
     Args:
         processes: How many, one per GPU.
         command: Program and arguments; each process finds its rank in the environment.
+        threads: Threads of each; by default ``OMP_NUM_THREADS``, or its share of the cores.
 
     Returns:
         The exit code: 0, that of the process that failed first, or 128 + the signal.
     """
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     config = LaunchConfig(

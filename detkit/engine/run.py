@@ -149,7 +149,7 @@ def create_run(
     """
     if out is not None:
         path = Path(out)
-        _refuse_foreign(path)
+        check_new(path)
         with _storage(path):
             path.mkdir(parents=True, exist_ok=True)
     else:
@@ -180,7 +180,9 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
 
 
-def _refuse_foreign(path: Path) -> None:
+def check_new(out: str | Path) -> None:
+    """Refuse a folder that :func:`create_run` would not write to; raises ConfigError."""
+    path = Path(out)
     if path.is_symlink() and not path.exists():
         raise ConfigError(f"--out {path}: must be a folder, got a dangling link")
     if path.exists() and not path.is_dir():

@@ -60,6 +60,46 @@ def factor(optim: OptimConfig, progress: float, step: int) -> float:
     return _warmup(optim, progress, step) * _decay(optim, progress)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SchedulePoint:
+    """Where the learning rate turns.
+
+    Attributes:
+        share: Share of the schedule done.
+        step: Steps done; None under a time budget.
+        factor: On the base learning rate, of the step that follows.
+        what: ``start``, ``warm-up ends``, ``milestone``, ``half-way`` or ``end``.
+    """
+
+    share: float
+    step: int | None
+    factor: float
+    what: str
+
+
+def main_points(optim: OptimConfig, length: Length) -> list[SchedulePoint]:
+    """Where the schedule starts, turns and ends, in order."""
+    total = length.steps
+    warm = WARMUP_SHARE if total is None else min(WARMUP_SHARE, optim.warmup_steps / total)
+    found = [(0.0, "start")]
+    if optim.warmup_steps and optim.warmup_factor < 1:
+        found.append((warm, "warm-up ends"))
+    if optim.schedule == "step":
+        found += [(share, "milestone") for share in sorted(optim.milestones)]
+    else:
+        found.append((0.5, "half-way"))
+    points = []
+    for share, what in [*found, (1.0, "end")]:
+        step = None if total is None else math.ceil(share * total)
+        done = share if step is None or not total else step / total
+        # Under a time budget warm-up is taken to end by its share: steps are not known yet.
+        steps = (0 if share < warm else optim.warmup_steps) if step is None else step
+        points.append(
+            SchedulePoint(share=done, step=step, factor=factor(optim, done, steps), what=what)
+        )
+    return points
+
+
 def _warmup(optim: OptimConfig, progress: float, step: int) -> float:
     # Whichever ends first: the steps asked for or a tenth of the schedule. Under a time budget the
     # number of steps is unknown, so the second limit is in progress, not in steps.

@@ -137,7 +137,7 @@ def fit(
         if distributed.is_main():
             run.remove_leftovers()
             stack.enter_context(run.logging())
-        fitting = _Fitting(
+        fitting = Fitting(
             model,
             config,
             length(train, steps_per_epoch),
@@ -154,6 +154,9 @@ def fit(
         )
         if resume is not None:
             fitting.restore(resume)
+            if distributed.is_main():
+                run.trim_metrics(fitting.progress.step, fitting.progress.evaluated_step)
+                _log.info("resumed after step %d", fitting.progress.step)
         return fitting.train(batches, evaluate, on_step, before_step)
 
 
@@ -161,8 +164,8 @@ def _origin(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"detkit": __version__, "torch": str(torch.__version__), **(provenance or {})}
 
 
-class _Fitting:
-    """State and steps of one :func:`fit`."""
+class Fitting:
+    """State and steps of one :func:`fit`, or of its :func:`detkit.engine.rehearsal.rehearse`."""
 
     def __init__(
         self,
@@ -196,6 +199,7 @@ class _Fitting:
         self.saved_step = -1
         self.window = Window()
         self.finite = FiniteFlags(device)
+        self.started = time.monotonic()
 
     # -- the loop
 
@@ -218,7 +222,7 @@ class _Fitting:
                     break
                 if before_step is not None:
                     before_step(self.progress.step)
-                lr = self._step(iterator)
+                lr = self.step(iterator)
                 self._report(lr, first, on_step)
                 if self.progress.step % self.config.train.save_every == 0:
                     self._save()
@@ -229,7 +233,7 @@ class _Fitting:
             self._save()
         return self._result()
 
-    def _step(self, iterator: Iterator[Sequence[Part]]) -> float:
+    def step(self, iterator: Iterator[Sequence[Part]]) -> float:
         """Do one step; returns its learning rate."""
         begun, state = time.monotonic(), self.progress
         done = self.length.progress(state.step, state.elapsed_seconds)
@@ -283,7 +287,7 @@ class _Fitting:
         if stop:
             self._interrupt(int(stop))
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for the device's answer on the last step, before anything is saved or shown."""
         bad = self.finite.settle()
         if distributed.gather_numbers([bad is not None]).any():
@@ -325,7 +329,7 @@ class _Fitting:
 
     def _evaluate(self, evaluate: Evaluate) -> None:
         self._save()  # what follows may take long or fail
-        metrics = self._measure(evaluate)
+        metrics = self.measure(evaluate)
         state, name = self.progress, self.config.eval.metric
         if name not in metrics:
             raise ConfigError(f"eval.metric: must be one of {', '.join(metrics)}, got {name!r}")
@@ -344,7 +348,7 @@ class _Fitting:
             _log.info("step %d: %s %s%s", state.step, name, shown, " (best)" if better else "")
         self._save()
 
-    def _measure(self, evaluate: Evaluate) -> dict[str, float | None]:
+    def measure(self, evaluate: Evaluate) -> dict[str, float | None]:
         """Metrics of the deployed weights; training's weights, mode and random state come back."""
         devices = [self.device] if self.device.type == "cuda" else []
         try:
@@ -371,7 +375,7 @@ class _Fitting:
         state = self.progress
         due = state.step == first or state.step % self.config.train.log_every == 0
         if due or self._finished():
-            self._settle()
+            self.settle()
             self.window.close()
             if distributed.is_main():
                 self._write_line(self._info(lr))
@@ -422,7 +426,7 @@ class _Fitting:
     # -- checkpoints
 
     def _save(self) -> None:
-        self._settle()
+        self.settle()
         states = distributed.gather(_random_state(self.device))
         extra: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "rng": {"ranks": states}}
         if self.scaler.is_enabled():
@@ -437,13 +441,17 @@ class _Fitting:
             "format": checkpoint.FORMAT,
             **self.identity,
             "config": to_plain(self.config),
-            "model": self.model.state_dict(),
-            **({"ema": self.ema.state} if self.ema is not None else {}),
+            **self.weights(),
             **extra,
             "progress": asdict(self.progress),
         }
         with self.watchdog.paused():
             checkpoint.save(path, cast(Checkpoint, payload))
+
+    def weights(self) -> dict[str, Any]:
+        """What every checkpoint holds of the model: ``model``, and ``ema`` where there is one."""
+        ema = {} if self.ema is None else {"ema": self.ema.state}
+        return {"model": self.model.state_dict(), **ema}
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint of :meth:`_save`."""
@@ -474,9 +482,6 @@ class _Fitting:
                 f"resume: the training state must fit this run, got one that does not ({reason})"
             ) from error
         self.saved_step = self.progress.step
-        if distributed.is_main():
-            self.run.trim_metrics(self.progress.step, self.progress.evaluated_step)
-            _log.info("resumed after step %d", self.progress.step)
 
 
 def _layout(model: nn.Module, device: torch.device, amp: str) -> torch.memory_format:

@@ -13,7 +13,9 @@ from detkit.models.backbones.base import Backbone
 from detkit.models.heads.box import BoxHead
 from detkit.models.heads.mask import MaskHead, paste_masks
 from detkit.models.heads.retina import RetinaHead
-from detkit.models.heads.rpn import RPN
+from detkit.models.heads.rpn import RPN, RpnOutput
+from detkit.models.norm import has_trained_norms
+from detkit.models.targets import RoiSample
 from detkit.types import Batch, Detections
 
 
@@ -58,6 +60,32 @@ class TwoStageDetector(nn.Module):
             DataError: A label is outside 1..num_classes, or a mask is missing.
             ValueError: Not one target per image.
         """
+        features, output, proposals = self._proposed(batch)
+        losses = self.rpn.losses(output, batch.targets, batch.sizes)
+        samples = self._samples(proposals, batch)
+        losses |= self.head.losses(features, samples)
+        if self.mask_head is not None:
+            losses |= self.mask_head.losses(features, samples, batch.targets)
+        return losses
+
+    @torch.no_grad()
+    def run_norms(self, batch: Batch) -> None:
+        """Show norms what :meth:`forward` shows them, maps and drawn RoIs, for their statistics.
+
+        Losses are left out, and so are heads without statistics. Raises as :meth:`forward` does.
+        """
+        heads = [m for m in (self.rpn, self.head, self.mask_head) if m is not None]
+        if not any(has_trained_norms(head) for head in heads):
+            run_maps_norms(self, batch.images)
+            return
+        features, _, proposals = self._proposed(batch)
+        samples = self._samples(proposals, batch)
+        self.head(features, [sample.boxes for sample in samples])
+        if self.mask_head is not None:
+            self.mask_head(features, [sample.positives for sample in samples])
+
+    def _proposed(self, batch: Batch) -> tuple[dict[str, Tensor], RpnOutput, list[Tensor]]:
+        """Maps, predictions for anchors, and the proposals of each image."""
         features = self.features(batch.images)
         check_targets(batch, self.num_classes)  # waits for the device, which now has work
         output = self.rpn(features, image_size(batch.images))
@@ -69,15 +97,14 @@ class TwoStageDetector(nn.Module):
             config.post_nms_train,
             config.post_nms_scope,
         )
-        losses = self.rpn.losses(output, batch.targets, batch.sizes)
-        samples = [
+        return features, output, proposals
+
+    def _samples(self, proposals: Sequence[Tensor], batch: Batch) -> list[RoiSample]:
+        """The RoIs of each image that the heads learn from."""
+        return [
             self.head.sample(boxes, truth)
             for boxes, truth in zip(proposals, batch.targets, strict=True)
         ]
-        losses |= self.head.losses(features, samples)
-        if self.mask_head is not None:
-            losses |= self.mask_head.losses(features, samples, batch.targets)
-        return losses
 
     @torch.no_grad()
     def detect(
@@ -169,6 +196,14 @@ class OneStageDetector(nn.Module):
         return self.head.losses(output, batch.targets)
 
     @torch.no_grad()
+    def run_norms(self, batch: Batch) -> None:
+        """What norms see in :meth:`forward`, without losses or heads that have no statistics."""
+        if has_trained_norms(self.head):
+            self.head(self.features(batch.images), image_size(batch.images))
+        else:
+            run_maps_norms(self, batch.images)
+
+    @torch.no_grad()
     def detect(
         self, images: Tensor, sizes: Tensor, output_sizes: Tensor | None = None
     ) -> list[Detections]:
@@ -191,6 +226,13 @@ class OneStageDetector(nn.Module):
 Detector = TwoStageDetector | OneStageDetector
 """Any detector: ``forward(batch)`` gives losses, ``detect(images, sizes, output_sizes=None)``
 detections."""
+
+
+def run_maps_norms(detector: Detector, images: Tensor) -> None:
+    """Run backbone and neck on ``images`` (N, 3, H, W), the neck where it has statistics."""
+    maps = detector.backbone(images)
+    if has_trained_norms(detector.neck):
+        detector.neck(maps)
 
 
 def in_output_pixels(

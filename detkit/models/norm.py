@@ -47,6 +47,14 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
 
 
+def has_trained_norms(module: nn.Module) -> bool:
+    """Whether a batch norm inside takes statistics from what it sees, in training mode."""
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, FrozenBatchNorm2d)
+        for m in module.modules()
+    )
+
+
 class _AllReduceSum(torch.autograd.Function):
     """Sum over all processes whose gradient is the sum of all processes' gradients."""
 

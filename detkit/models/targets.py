@@ -48,6 +48,11 @@ class RoiSample:
     truth: Tensor
     deltas: Tensor
 
+    @property
+    def positives(self) -> Tensor:
+        """(P, 4) boxes of the positives."""
+        return self.boxes[: len(self.truth)]
+
 
 def match(
     boxes: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from detkit.errors import ConfigError, NonFiniteError
+from detkit.models.detector import Detector
 from detkit.models.norm import FrozenBatchNorm2d, SyncBatchNorm2d
 from detkit.types import Batch, ClassificationBatch
 
@@ -34,7 +35,6 @@ def calibrate(
     *,
     momentum: float | None = None,
     seed: int = 0,
-    run: Callable[[Any], object] | None = None,
 ) -> Statistics:
     """Statistics of the path that ``model`` runs, from forward passes in training mode.
 
@@ -44,11 +44,10 @@ def calibrate(
     of their heads see sampled RoIs.
 
     Args:
-        model: Classifier or detector; ``model(batch)`` runs it.
+        model: Classifier or detector.
         batches: On the model's device.
         momentum: None averages all batches alike; a number in (0, 1] averages exponentially.
         seed: For the sampling of RoIs and for dropout.
-        run: What to call with each batch in place of the model: a part of it that holds all norms.
 
     Returns:
         Statistics of the norms that ran; none where there is nothing to calibrate (group norms).
@@ -59,6 +58,7 @@ def calibrate(
     """
     if momentum is not None and not 0 < momentum <= 1:
         raise ConfigError(f"momentum: must be in (0, 1] or none, got {momentum}")
+    run: Callable[[Any], object] = model.run_norms if isinstance(model, Detector) else model
     with _as_it_was(model), _chance(model, seed):
         model.train()
         norms = _trained_norms(model)
@@ -66,7 +66,7 @@ def calibrate(
         try:
             count = 0
             for batch in batches:
-                (run or model)(batch)
+                run(batch)
                 count += 1
         finally:
             for handle in calls.handles:

@@ -7,13 +7,11 @@ the batches and the path alone (DetNAS, arXiv 1903.10979, section 3.3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from detkit.models.backbones.shuffle_supernet import find_supernet
-from detkit.models.norm import FrozenBatchNorm2d
 from detkit.models.search_space import Genes
 from detkit.nas.calibrate import calibrate, statistics
 from detkit.types import Batch, ClassificationBatch
@@ -49,25 +47,12 @@ class PathFitness:
         self._score = score
         self._momentum = momentum
         self._seed = seed
-        own = {id(module) for module in self._supernet.modules()}
-        outside = [m for m in model.modules() if id(m) not in own and _is_trained_norm(m)]
-        self._run = None if outside else self._backbone  # without norms of theirs, heads can wait
 
     def __call__(self, genes: Genes) -> Mapping[str, float]:
         """Metrics of a path; raises NonFiniteError where a statistic is not finite."""
         self._supernet.set_path(genes)
         device = next(self._model.parameters()).device
         batches = (batch.to(device) for batch in self._calibration)
-        found = calibrate(
-            self._model, batches, momentum=self._momentum, seed=self._seed, run=self._run
-        )
+        found = calibrate(self._model, batches, momentum=self._momentum, seed=self._seed)
         with torch.no_grad(), statistics(self._model, found):
             return self._score(self._model)
-
-    def _backbone(self, batch: Any) -> object:
-        return self._supernet(batch.images)
-
-
-def _is_trained_norm(module: nn.Module) -> bool:
-    norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return norm and not isinstance(module, FrozenBatchNorm2d)

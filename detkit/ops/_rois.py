@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,16 +92,3 @@ def _check_batch_index(op: str, rois: Tensor, batch: int) -> None:
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:
     """Backward of a backward op: a silent zero would be a wrong gradient."""
     raise RuntimeError("double backward through RoI operators is not supported")
-
-
-def check_deterministic(op: str, grad: Tensor) -> None:
-    """Refuses, or warns, where torch was told to: CUDA's backward adds by atomics in any order."""
-    if not (grad.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return
-    message = (
-        f"{op}: its CUDA backward is not deterministic; allow it with "
-        "torch.use_deterministic_algorithms(False), or set DETKIT_OPS=reference"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)

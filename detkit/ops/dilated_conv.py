@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detkit.ops import _autotune as tuning
 from detkit.ops import _conv_rules as rules
 from detkit.ops._library import BUILD_INFO, use_native
 from detkit.ops.reference import conv as reference
@@ -62,12 +63,20 @@ def dilated_conv2d(
         rules.require(
             size >= span, _OP, f"padded {name} must be at least the kernel's span {span}", size
         )
-    if use_native(_OP, input):
-        output: Tensor = torch.ops.detkit.dilated_conv2d(
-            input, weight, bias, strides, paddings, dilations, groups
-        )
+    settings = strides, paddings, dilations, groups
+    if not use_native(_OP, input):
+        return reference.dilated_conv2d(input, weight, bias, *settings)
+    native = torch.ops.detkit.dilated_conv2d
+    if not tuning.may_choose(input):
+        output: Tensor = native(input, weight, bias, *settings)
         return output
-    return reference.dilated_conv2d(input, weight, bias, strides, paddings, dilations, groups)
+    ways: dict[str, tuning.Way] = {
+        tuning.COLUMNS: lambda *tensors: native(*tensors, *settings),
+        tuning.VENDOR: lambda x, w, b: reference.dilated_conv2d(x, w, b, *settings),
+    }
+    if tuning.fused_fits(input, weight.shape[1]):
+        ways[tuning.FUSED] = lambda *tensors: native(*tensors, *settings, tuning.FUSED_ALGORITHM)
+    return tuning.run_fastest(_OP, (input, weight, bias), str(settings), ways)
 
 
 def _named_padding(
@@ -95,6 +104,7 @@ def _fake(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    algorithm: int = 0,
 ) -> Tensor:
     size = [
         (input.shape[a + 2] + 2 * padding[a] - dilation[a] * (weight.shape[a + 2] - 1) - 1)
@@ -123,7 +133,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, *ctx.settings = inputs
+    input, weight, _, *settings = inputs
+    ctx.settings = settings[:4]  # stride, padding, dilation, groups
     rules.save_input(ctx, input, ctx.needs_input_grad[1], weight)
 
 
@@ -133,7 +144,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad, *rules.saved_input(ctx, grad), *ctx.settings, need_input, need_weight
     )
     gb = grad.sum((0, 2, 3)) if need_bias else None
-    return rules.input_grad(ctx, gx), gw if need_weight else None, gb, None, None, None, None
+    return rules.input_grad(ctx, gx), gw if need_weight else None, gb, None, None, None, None, None
 
 
 if BUILD_INFO:

@@ -1,4 +1,4 @@
-"""Greedy non-maximum suppression, over all boxes or within each class."""
+"""Greedy non-maximum suppression, over all boxes or within each class; also at a fixed size."""
 
 from __future__ import annotations
 
@@ -52,17 +52,56 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         ValueError: On wrong shapes, dtypes, devices or thresholds.
     """
     _check("batched_nms", boxes, scores, iou_threshold)
-    if idxs.shape != scores.shape or idxs.device != boxes.device:
-        raise ValueError(
-            f"batched_nms: idxs must have shape {tuple(scores.shape)} on {boxes.device}, "
-            f"got {tuple(idxs.shape)} on {idxs.device}"
-        )
-    if idxs.is_floating_point() or idxs.is_complex() or idxs.dtype == torch.bool:
-        raise ValueError(f"batched_nms: idxs must be integers, got {idxs.dtype}")
+    _check_idxs("batched_nms", boxes, scores, idxs)
     if use_native("batched_nms", boxes):
         kept: Tensor = torch.ops.detkit.batched_nms(boxes, scores, idxs, iou_threshold)
         return kept
     return reference.batched_nms(boxes, scores, idxs, iou_threshold)
+
+
+def nms_padded(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int, idxs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first ``limit`` indices of :func:`nms`, or of :func:`batched_nms` with ``idxs``, padded.
+
+    No size depends on the data: on CUDA nothing waits for the device, and a CUDA graph can hold the
+    call. Boxes that must not count get the score -inf: they come last and suppress no other.
+
+    Args:
+        boxes: (N, 4) xyxy, any floating dtype.
+        scores: (N,), any floating dtype.
+        iou_threshold: In 0..1.
+        limit: Indices wanted, at least 0.
+        idxs: (N,) class of each box, or None for one class.
+
+    Returns:
+        (limit,) int64 indices, best score first, -1 where there are no more; and their number, ()
+        int64.
+
+    Raises:
+        ValueError: On wrong shapes, dtypes, devices, thresholds or limits.
+    """
+    _check("nms_padded", boxes, scores, iou_threshold)
+    if idxs is not None:
+        _check_idxs("nms_padded", boxes, scores, idxs)
+    if limit < 0:
+        raise ValueError(f"nms_padded: limit must be at least 0, got {limit}")
+    if use_native("nms", boxes):
+        padded: tuple[Tensor, Tensor] = torch.ops.detkit.nms_padded(
+            boxes, scores, idxs, iou_threshold, limit
+        )
+        return padded
+    return reference.nms_padded(boxes, scores, iou_threshold, limit, idxs)
+
+
+def _check_idxs(op: str, boxes: Tensor, scores: Tensor, idxs: Tensor) -> None:
+    if idxs.shape != scores.shape or idxs.device != boxes.device:
+        raise ValueError(
+            f"{op}: idxs must have shape {tuple(scores.shape)} on {boxes.device}, "
+            f"got {tuple(idxs.shape)} on {idxs.device}"
+        )
+    if idxs.is_floating_point() or idxs.is_complex() or idxs.dtype == torch.bool:
+        raise ValueError(f"{op}: idxs must be integers, got {idxs.dtype}")
 
 
 def _check(op: str, boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
@@ -93,6 +132,12 @@ def _register_fakes() -> None:
     @torch.library.register_fake("detkit::batched_nms")
     def _(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
         return kept(boxes)
+
+    @torch.library.register_fake("detkit::nms_padded")
+    def _(
+        boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        return boxes.new_empty(limit, dtype=torch.long), boxes.new_empty((), dtype=torch.long)
 
 
 if BUILD_INFO:

@@ -14,7 +14,6 @@ from torch import Tensor
 from detkit.ops._library import BUILD_INFO, use_native
 from detkit.ops._rois import (
     as_rois,
-    check_deterministic,
     check_input,
     check_sampling,
     no_double_backward,
@@ -117,6 +116,7 @@ def _fake_backward(
     channels: int,
     height: int,
     width: int,
+    deterministic: bool = False,
 ) -> Tensor:
     return grad.new_empty((batch, channels, height, width))
 
@@ -129,10 +129,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    check_deterministic("ps_roi_align", grad)
     rois, argmax = ctx.saved_tensors
+    deterministic = torch.are_deterministic_algorithms_enabled()
     grad_input = torch.ops.detkit._ps_roi_align_backward(
-        grad, rois, argmax, *ctx.numbers, *ctx.input_shape
+        grad, rois, argmax, *ctx.numbers, *ctx.input_shape, deterministic
     )
     return grad_input, None, None, None, None, None, None, None
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from detkit.ops._library import BUILD_INFO, use_native
 from detkit.ops._rois import (
     as_rois,
-    check_deterministic,
     check_input,
     check_sampling,
     no_double_backward,
@@ -91,6 +90,7 @@ def _fake_backward(
     width: int,
     sampling_ratio: int,
     aligned: bool,
+    deterministic: bool = False,
 ) -> Tensor:
     return grad.new_empty((batch, channels, height, width))
 
@@ -102,7 +102,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    check_deterministic("roi_align", grad)
     (rois,) = ctx.saved_tensors
     spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned = ctx.numbers
     grad_input = torch.ops.detkit._roi_align_backward(
@@ -114,6 +113,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *ctx.input_shape,
         sampling_ratio,
         aligned,
+        torch.are_deterministic_algorithms_enabled(),
     )
     return grad_input, None, None, None, None, None, None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from detkit.errors import NonFiniteValueError
+from detkit.ops import _autotune as tuning
 from detkit.ops import _conv_rules as rules
 from detkit.ops._library import BUILD_INFO, use_native
 from detkit.ops.reference import conv as reference
@@ -61,12 +62,17 @@ def scaled_conv2d(
     native = use_native(_OP, input)
     if input.device.type == "cpu":
         _require_finite(scales, native)
-    if native:
-        output: Tensor = torch.ops.detkit.scaled_conv2d(
-            input, weight, scales, bias, strides, groups
-        )
+    if not native:
+        return reference.scaled_conv2d(input, weight, scales, bias, strides, groups)
+    run = torch.ops.detkit.scaled_conv2d
+    if not (tuning.may_choose(input) and tuning.fused_fits(input, weight.shape[1])):
+        output: Tensor = run(input, weight, scales, bias, strides, groups)
         return output
-    return reference.scaled_conv2d(input, weight, scales, bias, strides, groups)
+    ways: dict[str, tuning.Way] = {
+        tuning.COLUMNS: lambda *tensors: run(*tensors, strides, groups),
+        tuning.FUSED: lambda *tensors: run(*tensors, strides, groups, tuning.FUSED_ALGORITHM),
+    }
+    return tuning.run_fastest(_OP, (input, weight, scales, bias), str((strides, groups)), ways)
 
 
 def _per_sample(input: Tensor, scales: Tensor) -> Tensor:
@@ -107,6 +113,7 @@ def _fake(
     bias: Tensor | None,
     stride: list[int],
     groups: int,
+    algorithm: int = 0,
 ) -> Tensor:
     size = [(input.shape[a + 2] + stride[a] - 1) // stride[a] for a in (0, 1)]
     return rules.empty_output(input, weight.shape[0], size)
@@ -131,7 +138,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, scales, _, *ctx.settings = inputs
+    input, weight, scales, _, *settings = inputs
+    ctx.settings = settings[:2]  # stride, groups
     needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     rules.save_input(ctx, input, needed, weight, scales)
 
@@ -143,7 +151,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
     gb = grad.sum((0, 2, 3)) if need_bias else None
     gw, gs = gw if need_weight else None, gs if need_scales else None
-    return rules.input_grad(ctx, gx), gw, gs, gb, None, None
+    return rules.input_grad(ctx, gx), gw, gs, gb, None, None, None
 
 
 if BUILD_INFO:

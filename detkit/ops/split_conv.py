@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detkit.ops import _autotune as tuning
 from detkit.ops import _conv_rules as rules
 from detkit.ops._library import BUILD_INFO, use_native
 from detkit.ops.reference import conv as reference
@@ -55,12 +56,22 @@ def split_conv2d(
     _check_parts(input, weights, outputs, groups)
     flat = _flat_dilations(weights, dilations)
     strides = rules.pair(_OP, "stride", stride, 1)
-    if use_native(_OP, input):
-        output: Tensor = torch.ops.detkit.split_conv2d(
-            input, list(weights), bias, flat, strides, groups
-        )
+    settings = flat, strides, groups
+    if not use_native(_OP, input):
+        return reference.split_conv2d(input, weights, bias, *settings)
+    native = torch.ops.detkit.split_conv2d
+    if not tuning.may_choose(input):
+        output: Tensor = native(input, list(weights), bias, *settings)
         return output
-    return reference.split_conv2d(input, weights, bias, flat, strides, groups)
+    ways: dict[str, tuning.Way] = {
+        tuning.COLUMNS: lambda x, b, *parts: native(x, list(parts), b, *settings),
+        tuning.VENDOR: lambda x, b, *parts: reference.split_conv2d(x, parts, b, *settings),
+    }
+    if tuning.fused_fits(input, weights[0].shape[1]):
+        ways[tuning.FUSED] = lambda x, b, *parts: native(
+            x, list(parts), b, *settings, tuning.FUSED_ALGORITHM
+        )
+    return tuning.run_fastest(_OP, (input, bias, *weights), str(settings), ways)
 
 
 def _check_parts(input: Tensor, weights: Sequence[Tensor], outputs: int, groups: int) -> None:
@@ -111,6 +122,7 @@ def _fake(
     dilations: list[int],
     stride: list[int],
     groups: int,
+    algorithm: int = 0,
 ) -> Tensor:
     size = [(input.shape[a + 2] + stride[a] - 1) // stride[a] for a in (0, 1)]
     return rules.empty_output(input, sum(w.shape[0] for w in weights), size)
@@ -133,7 +145,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weights, _, *ctx.settings = inputs
+    input, weights, _, *settings = inputs
+    ctx.settings = settings[:3]  # dilations, stride, groups
     # Here the flags are still flat, one per tensor of the list; in backward they are nested.
     rules.save_input(ctx, input, any(ctx.needs_input_grad[1 : 1 + len(weights)]), *weights)
 
@@ -146,7 +159,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
     gb = grad.sum((0, 2, 3)) if needs[2] else None
     wanted = [g if need else None for g, need in zip(gws, needs[1], strict=True)]
-    return rules.input_grad(ctx, gx), wanted, gb, None, None, None
+    others = len(needs) - 3  # torch leaves out arguments that have their defaults
+    return rules.input_grad(ctx, gx), wanted, gb, *[None] * others
 
 
 if BUILD_INFO:

@@ -99,7 +99,7 @@ class MaskHead(nn.Module):
         Raises:
             DataError: A positive's truth has no mask.
         """
-        boxes = [sample.boxes[: len(sample.truth)] for sample in samples]
+        boxes = [sample.positives for sample in samples]
         logits = self(features, boxes)
         classes = torch.cat([s.labels[: len(s.truth)] for s in samples]) - 1  # (P,)
         logits = logits[torch.arange(len(classes), device=classes.device), classes]  # (P, M, M)

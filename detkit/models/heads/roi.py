@@ -94,7 +94,7 @@ class RoiPooler(nn.Module):
             self.pool(x, rois[index], scale)
             for x, index, scale in zip(maps, where, self.scales, strict=True)
         ]
-        return torch.cat(parts)[torch.cat(where).argsort()]
+        return torch.cat(parts).index_select(0, torch.cat(where).argsort())
 
     def blank(self, features: Mapping[str, Tensor], count: int) -> Tensor:
         """Uninitialised pooled features of ``count`` RoIs, to run what follows without boxes."""

@@ -34,3 +34,14 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         # Compared in float64, so that a threshold between two float32 values stays where it is.
         keep[rest] &= ~((iou.double() > iou_threshold) & (idxs[i] == idxs[rest]))
     return order[keep]
+
+
+def nms_padded(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int, idxs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`detkit.ops.nms_padded`."""
+    one_class = torch.zeros_like(scores, dtype=torch.long)
+    kept = batched_nms(boxes, scores, one_class if idxs is None else idxs, iou_threshold)[:limit]
+    padded = kept.new_full((limit,), -1)
+    padded[: len(kept)] = kept
+    return padded, torch.tensor(len(kept), device=boxes.device)

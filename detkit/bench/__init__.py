@@ -1,0 +1,1 @@
+"""Measurements behind `detkit bench`: operators beside their peers, whole detectors, training."""

@@ -1,0 +1,179 @@
+"""Latency and memory of one detector: in the forms it can be deployed in, and part by part."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detkit import api
+from detkit.bench.machine import machine
+from detkit.bench.timing import Call, clock, compare, peak_mib
+from detkit.deploy.fold import fold
+from detkit.loading import build, load, pick_device
+from detkit.models.detector import image_size
+from detkit.prediction import require_detector
+
+CLASSES = 80
+"""Of a model with random weights."""
+
+
+def bench_model(
+    checkpoint: str | Path | None = None,
+    *,
+    recipe: str | None = None,
+    overrides: Iterable[Mapping[str, Any]] = (),
+    device: str = "auto",
+    size: tuple[int, int] | None = None,
+    batch: int = 1,
+    rounds: int = 9,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Time ``detect`` of a detector on noise, in turn in every form, and its parts.
+
+    Args:
+        checkpoint: The detector; without one it has random weights and 80 classes.
+        recipe: Settings of a detector without checkpoint.
+        overrides: Layers of settings on top.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        size: Height and width; by default the sides of the config.
+        batch: Images at once.
+        rounds: Times of each part, and least times of each form.
+        threads: CPU threads, by default torch's choice.
+
+    Returns:
+        ``model``, ``size``, ``batch``, ``variants`` (``variant``, ``ms``, ``images_per_second``,
+        ``ratio`` to the eager one's time in the same round), ``parts_of`` (the quickest fp32 form)
+        and its ``parts`` in ms, ``peak_mib`` of one call of that, and ``hardware``.
+
+    Raises:
+        DetkitError: An unusable checkpoint or setting.
+    """
+    place = pick_device(device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    facts = machine(str(place))
+    try:
+        name, model, default = _model(checkpoint, recipe, overrides)
+        height, width = size or default
+        images = torch.randn(batch, 3, *(-(-side // 32) * 32 for side in (height, width)))
+        images[:, :, height:], images[:, :, :, width:] = 0, 0
+        sizes = torch.tensor([[height, width]] * batch)
+        result = _measure(model.to(place).eval(), images.to(place), sizes, rounds)
+    finally:
+        torch.set_num_threads(before)
+    facts["load_after"] = os.getloadavg()[0]
+    head = {"model": name, "size": [height, width], "batch": batch}
+    return head | result | {"hardware": facts}
+
+
+def _model(
+    checkpoint: str | Path | None, recipe: str | None, overrides: Iterable[Mapping[str, Any]]
+) -> tuple[str, nn.Module, tuple[int, int]]:
+    """Name, detector, and its usual size of image."""
+    if checkpoint is not None:
+        loaded = load(checkpoint, "cpu", overrides)
+        require_detector(loaded.kind, str(checkpoint))
+        config, model, name = loaded.config, loaded.model, str(checkpoint)
+    else:
+        config = api.resolve_config("finetune", overrides, recipe=recipe)
+        torch.manual_seed(config.train.seed)
+        model = build(config, CLASSES)
+        name = recipe or f"{config.model.detector} {config.model.backbone}"
+    return name, model, (config.data.short_side, config.data.long_side)
+
+
+@torch.inference_mode()
+def _measure(model: nn.Module, images: Tensor, sizes: Tensor, rounds: int) -> dict[str, Any]:
+    folded = fold(model)
+    other: nn.Module = copy.deepcopy(folded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = images.contiguous(memory_format=torch.channels_last)
+    forms: dict[str, tuple[nn.Module, Tensor, bool]] = {
+        "eager": (model, images, False),
+        "folded": (folded, images, False),
+        "folded, channels_last": (other, last, False),
+        "folded, bf16": (folded, images, True),
+        "folded, channels_last, bf16": (other, last, True),
+    }
+    calls = {name: _detect(*form, sizes) for name, form in forms.items()}
+    timings, failures = compare(calls, images.device, 0.02 * rounds)
+    variants = [
+        {
+            "variant": name,
+            "ms": timing.ms,
+            "images_per_second": 1e3 * len(images) / timing.ms,
+            "ratio": timing.ratio,
+            "spread": timing.spread,
+        }
+        for name, timing in timings.items()
+    ]
+    wide = [name for name in timings if not forms[name][2]]
+    best = min(wide, key=lambda name: timings[name].ms)
+    net, pixels, _ = forms[best]
+    return {
+        "variants": variants,
+        "failed": failures,
+        "parts_of": best,
+        "parts": _parts(net, pixels, sizes, rounds),
+        "peak_mib": peak_mib(calls[best], images.device),
+    }
+
+
+def _detect(model: Any, images: Tensor, bf16: bool, sizes: Tensor) -> Call:
+    def run(_: int) -> object:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            return model.detect(images, sizes)
+
+    return run
+
+
+def _parts(model: Any, images: Tensor, sizes: Tensor, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each part, each run alone on what the one before gave."""
+    maps = model.backbone(images)
+    features = model.neck(maps)
+    parts: dict[str, Callable[[], object]] = {
+        "backbone": lambda: model.backbone(images),
+        "neck": lambda: model.neck(maps),
+    }
+    if hasattr(model, "rpn"):
+        parts |= _two_stage_parts(model, features, sizes, image_size(images))
+    else:
+        output = model.head(features, image_size(images))
+        parts["head"] = lambda: model.head(features, image_size(images))
+        parts["post-processing"] = lambda: model.head.detect(output, sizes)
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(rounds + 1):
+        for name, run in parts.items():
+            spent = clock(lambda _, run=run: run(), images.device, 0, 1)  # type: ignore[misc]
+            if turn:
+                times[name].append(spent)
+    found = {name: statistics.median(values) for name, values in times.items()}
+    if "head and post-processing" in found:
+        rest = found.pop("head and post-processing") - found["head"]
+        found["post-processing"] = max(0.0, rest)
+    return found
+
+
+def _two_stage_parts(
+    model: Any, features: Mapping[str, Tensor], sizes: Tensor, image: tuple[int, int]
+) -> dict[str, Callable[[], object]]:
+    config = model.rpn.config
+    limits = (config.pre_nms_test, config.post_nms_test)
+    output = model.rpn(features, image)
+    boxes = model.rpn.proposals(output, sizes, *limits)
+    parts: dict[str, Callable[[], object]] = {
+        "rpn": lambda: model.rpn(features, image),
+        "proposals": lambda: model.rpn.proposals(output, sizes, *limits),
+        "head": lambda: model.head(features, boxes),
+        "head and post-processing": lambda: model.head.detect(features, boxes, sizes),
+    }
+    if model.mask_head is not None:
+        found = model.head.detect(features, boxes, sizes)
+        parts["mask head"] = lambda: model.mask_head.detect(features, found)
+    return parts
