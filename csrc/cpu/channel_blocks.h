@@ -18,8 +18,8 @@ struct MapStrides {
   int64_t image, channel, row, column;
 };
 
-// Uninitialised memory, aligned for Vector, and in huge pages where it is large: boxes read all over
-// a map.
+// Uninitialised memory, aligned for Vector, and in huge pages where it is large: boxes read all
+// over a map.
 template <class A>
 class Scratch {
  public:
