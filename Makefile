@@ -17,7 +17,7 @@ DEPS := $(if $(VENV),$(VENV)/.deps)
 CSRC := $(shell find csrc -type f)
 CMAKE = cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(shell command -v $(RUN)))
 
-.PHONY: setup build test test-gpu kernels peer carry gpu bench fmt lint types check ctest sanitize demo clean FORCE
+.PHONY: setup build test test-gpu kernels peer carry gpu bench fmt lint types check ctest sanitize demo docs nightly clean FORCE
 
 setup: $(DEPS)
 build: build/.ext
@@ -26,7 +26,7 @@ build: build/.ext
 $(VENV)/.deps: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PY) -m venv $(VENV)
 	$(PIP) torch "setuptools>=77" ninja pybind11
-	DETKIT_SKIP_EXT=1 $(PIP) --no-build-isolation -C editable_mode=compat -e ".[dev,plots,onnx,fast-eval]"
+	DETKIT_SKIP_EXT=1 $(PIP) --no-build-isolation -C editable_mode=compat -e ".[dev,plots,onnx,docs,fast-eval]"
 	touch $@
 
 # What the built files depend on besides the sources; written anew only when it changes.
@@ -91,8 +91,25 @@ types: $(DEPS)
 
 check: lint types test kernels
 
+# The pages as a site in build/site, without anything from the network; a warning is an error.
+docs: $(DEPS)
+	$(RUN) -m sphinx -q -n -W --keep-going -c docs . build/site
+
 demo: build/.ext
 	$(RUN) -m detkit.cli demo
+
+BOXES = frcnn-c4,frcnn-fpn,retinanet,rfcn,rfcn-thin,light-head,light-head-fpn
+
+# Whole what CI runs with a few steps; about three hours on two idle cores. Results go to build/nightly.
+nightly: build/.ext
+	mkdir -p build/nightly
+	$(RUN) -m detkit.cli demo --out build/nightly/demo-$$(date +%Y%m%d-%H%M%S)
+	PYTHON=$(RUN) examples/detnas_tiny.sh build/nightly/detnas_tiny
+	$(RUN) benchmarks/pod_experiment.py --device cpu --json build/nightly/pod_experiment.json
+	$(RUN) benchmarks/nas_experiment.py --json build/nightly/nas_experiment.json
+	@if [ -n "$$DETKIT_TEST_DATA" ]; then \
+	  $(RUN) benchmarks/train_detectors.py --data "$$DETKIT_TEST_DATA/bccd" --only $(BOXES) --json build/nightly/bccd.json; \
+	else echo "DETKIT_TEST_DATA is not set: no detectors trained on bccd"; fi
 
 clean:
 	rm -rf build dist detkit/_C*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

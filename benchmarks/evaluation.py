@@ -46,7 +46,10 @@ def make_truth(images: int, rng: np.random.Generator) -> Record:
     rows = zip(owner.tolist(), classes, boxes, areas, crowds, strict=True)
     keys = ("image_id", "category_id", "bbox", "area", "iscrowd")
     return {
-        "images": [{"id": i + 1, "width": 640, "height": 480} for i in range(images)],
+        "images": [
+            {"id": i + 1, "file_name": f"{i + 1:012}.jpg", "width": 640, "height": 480}
+            for i in range(images)
+        ],
         "annotations": [
             {"id": n} | dict(zip(keys, row, strict=True)) for n, row in enumerate(rows, 1)
         ],
@@ -92,10 +95,10 @@ def run_pycocotools(truth: Path, detections: Path) -> list[float]:
 
 def run_detkit(truth: Path, detections: Path) -> list[float]:
     from detkit.engine.evaluate import evaluate
-    from detkit.engine.results import read_results
+    from detkit.engine.results import load_results
 
     read = json.loads(truth.read_text(encoding="utf-8"))
-    scores = evaluate(read, read_results(detections, read))["bbox"]
+    scores = evaluate(read, load_results(detections))["bbox"]
     return [-1.0 if scores[name] is None else scores[name] for name in NUMBERS]
 
 

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 @click.group(invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    r"""Measure speed and memory; `ops` where nothing is said.
+    """Measure speed and memory; `ops` where nothing is said.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ _SAVE = click.option(
 @_SAVE
 @common_options()
 def ops(common: Common, only: str, quick: bool, threads: str, save: Path | None) -> None:
-    r"""Time every operator beside its reference and the peers that are installed.
+    """Time every operator beside its reference and the peers that are installed.
 
     Contestants run in turn; a ratio is the median of pairs timed in the same round, and does not
     depend on the machine's load as times do. "of limit" is the fraction of the fastest matrix
@@ -91,7 +91,7 @@ def model(
     threads: str,
     save: Path | None,
 ) -> None:
-    r"""Time one detector: eager, folded, channels-last and bf16, and each of its parts.
+    """Time one detector: eager, folded, channels-last and bf16, and each of its parts.
 
     CHECKPOINT, or random weights of --recipe, --detector and --backbone.
 
@@ -124,7 +124,7 @@ def model(
 @_SAVE
 @common_options("--detector", "--backbone", "--data", "--batch-size", "--workers", "--steps")
 def train(common: Common, threads: str, save: Path | None) -> None:
-    r"""Time training steps: images per second, waiting for data, memory, parts of a step.
+    """Time training steps: images per second, waiting for data, memory, parts of a step.
 
     \b
     Examples:
@@ -219,7 +219,8 @@ def _cells(row: Row) -> Sequence[str]:
 def _show_machine(result: Row) -> None:
     facts = result["hardware"]
     names = ("device", "instructions", "cores", "threads", "torch", "load_before", "load_after")
-    click.echo(", ".join(f"{name} {facts[name]}" for name in names if name in facts))
+    shown = {n: f"{v:.1f}" if isinstance(v, float) else v for n, v in facts.items()}
+    click.echo(", ".join(f"{name} {shown[name]}" for name in names if name in shown))
     if result.get("peers"):
         click.echo("peers: " + ", ".join(f"{k} {v}" for k, v in result["peers"].items()))
 

@@ -15,7 +15,7 @@ from detkit.errors import ConfigError
 
 @click.group("data")
 def command() -> None:
-    r"""Check, repair, convert, draw and make data sets.
+    """Check, repair, convert, draw and make data sets.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ def command() -> None:
 def check_command(
     common: Common, path: str, split: str | None, images: str, target: Path | None, link: bool
 ) -> None:
-    r"""List every problem of a data set with file, image id, annotation id and rule.
+    """List every problem of a data set with file, image id, annotation id and rule.
 
     --fix writes a copy in the same layout in which each is repaired or left out, boxes end at the
     image's border, and changes.json says what was done and why.
@@ -103,7 +103,7 @@ def convert_command(
     link: bool,
     polygons: bool,
 ) -> None:
-    r"""Write the data set SOURCE to the new folder TARGET in another layout.
+    """Write the data set SOURCE to the new folder TARGET in another layout.
 
     What is broken is left out as in training, what the layout cannot hold is counted, and TARGET
     appears when all of it is written.
@@ -151,13 +151,10 @@ def _show_conversion(done: dict[str, Any], dry_run: bool) -> None:
 def _show(report: dict[str, Any]) -> None:
     from detkit.cli.tables import print_table, rows_table
 
-    columns = ["rule", "action", "file", "image_id", "annotation_id", "what"]
     splits = report["splits"].items()
-    rows = [
-        [name, *(str(p[c]) for c in columns)] for name, split in splits for p in split["problems"]
-    ]
-    if rows:
-        print_table(rows_table("problems", ["split", *columns], rows))
+    for name, split in splits:
+        for problem in split["problems"]:
+            click.echo(f"{name}: {_place(problem)}: {problem['rule']}, {problem['what']}")
     sizes = [[name, s["images"], s["annotations"], sum(s["counts"].values())] for name, s in splits]
     print_table(
         rows_table(
@@ -188,7 +185,7 @@ def _show(report: dict[str, Any]) -> None:
 def show_command(
     common: Common, path: str, sheet: Path | None, split: str | None, images: str, count: int
 ) -> None:
-    r"""Count images, boxes and sizes class by class, and draw a sheet of images with their boxes.
+    """Count images, boxes and sizes class by class, and draw a sheet of images with their boxes.
 
     The sheet has an image of every class first; --seed draws others at random.
 
@@ -223,6 +220,13 @@ def _draw(dataset: Any, target: Path, count: int, seed: int | None) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     save_picture(contact_sheet(dataset, count, seed), target)
     return str(target)
+
+
+def _place(problem: dict[str, Any]) -> str:
+    """Where a problem is, and what is done about it."""
+    ids = {"image": problem["image_id"], "annotation": problem["annotation_id"]}
+    parts = [problem["file"], *(f"{what} {i}" for what, i in ids.items() if i is not None)]
+    return f"{', '.join(parts)} ({problem['action']})"
 
 
 def _show_statistics(result: dict[str, Any]) -> None:
@@ -285,7 +289,7 @@ def synth_command(
     size: int,
     sides: tuple[int, int] | None,
 ) -> None:
-    r"""Write the synthetic set (COCO json with masks); the same seed writes the same bytes.
+    """Write the synthetic set (COCO json with masks); the same seed writes the same bytes.
 
     \b
     Examples:

@@ -65,7 +65,7 @@ WEIGHTS_HELP = (
 def command(
     common: Common, checkpoint: Path, output: Path | None, plot: Path | None, **options: Any
 ) -> None:
-    r"""Turn a detector trained with --scales learn into one of plain convolutions.
+    """Turn a detector trained with --scales learn into one of plain convolutions.
 
     Each layer at its mean scale becomes one or two convolutions at whole dilations on disjoint
     output channels (POD). Fine-tune the result with `detkit finetune --init-from`.

@@ -16,7 +16,7 @@ from detkit.cli.options import Common, common_options, emit
 )
 @common_options()
 def command(common: Common, steps: int | None) -> None:
-    r"""The whole road on synthetic shapes, in five minutes on two CPU cores: pre-train, fine-tune
+    """The whole road on synthetic shapes, in five minutes on two CPU cores: pre-train, fine-tune
     with learnt scales, decompose them, fine-tune the plain net, evaluate it, write a report.
 
     \b

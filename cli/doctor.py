@@ -9,6 +9,7 @@ import click
 from detkit.cli.options import Common, common_options, emit
 
 _EXTRAS = {
+    "hotcoco": "fast-eval",
     "matplotlib": "plots",
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "tensorboard": "tensorboard",
@@ -18,7 +19,7 @@ _EXTRAS = {
 @click.command("doctor")
 @common_options()
 def command(common: Common) -> None:
-    r"""Show what is installed, which operator runs on which kernel and why, and what to do.
+    """Show what is installed, which operator runs on which kernel and why, and what to do.
 
     \b
     Example:

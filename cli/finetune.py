@@ -42,9 +42,10 @@ from detkit.errors import ConfigError
     "--epochs",
     "--minutes",
     "--batch-size",
+    "--tensorboard",
 )
 def command(common: Common, collect_scales: Path | None, **options: Any) -> int:
-    r"""Train a detector on a COCO, VOC or YOLO set, or on synthetic shapes.
+    """Train a detector on a COCO, VOC or YOLO set, or on synthetic shapes.
 
     Without arguments it starts from the newest pretrain run and the synthetic set.
 

@@ -15,7 +15,7 @@ from detkit.cli.options import Common, common_options, emit, height_by_width
 )
 @common_options("--backbone", "--detector")
 def command(common: Common, size: str | None) -> None:
-    r"""List backbones, detectors and recipes with parameters and MACs.
+    """List backbones, detectors and recipes with parameters and MACs.
 
     Backbones are counted as classifiers of 1000 classes at 224x224; --size adds whole detectors
     (80 classes) on every backbone, or on --backbone alone. One multiply-add is one MAC;

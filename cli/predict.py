@@ -32,7 +32,7 @@ from detkit.errors import ConfigError
 def command(
     common: Common, checkpoint: Path, images: tuple[str, ...], score: float, batch_size: int
 ) -> None:
-    r"""Find objects in IMAGES with the detector CHECKPOINT.
+    """Find objects in IMAGES with the detector CHECKPOINT.
 
     IMAGES are files, folders with all below them, and quoted patterns. Written are a picture of
     each with boxes, masks, names and scores, and detections.json in COCO's results format, whose

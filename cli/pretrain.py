@@ -22,9 +22,10 @@ from detkit.cli.training import run_training, training_options
     "--epochs",
     "--minutes",
     "--batch-size",
+    "--tensorboard",
 )
 def command(common: Common, **options: Any) -> int:
-    r"""Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).
+    """Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).
 
     \b
     Examples:

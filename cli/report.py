@@ -39,7 +39,7 @@ def command(
     split: str | None,
     limit: int | None,
 ) -> None:
-    r"""Write one self-contained HTML page about RUNs, by default the newest.
+    """Write one self-contained HTML page about RUNs, by default the newest.
 
     Curves, accuracy, kinds of errors, learnt scales, searches, pictures; several runs stand side
     by side. Detections are made once and kept in the run's folder.

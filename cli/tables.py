@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
 
 def print_table(table: Table) -> None:
-    """Print on stdout; wide enough not to cut columns when stdout is a file."""
+    """Print on stdout, in parts where its columns do not fit side by side.
+
+    A file or a pipe counts as 160 columns wide, unless COLUMNS says otherwise.
+    """
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(width=160)
     with console.capture() as text:
-        console.print(table)
+        for part in _parts(table, console.width):
+            console.print(part)
     # Written here, since rich ends the process with code 1 where the reader of a pipe has gone.
-    sys.stdout.write(text.get())
+    lines = (line.rstrip(" ") for line in text.get().splitlines(keepends=False))
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
+
+
+def _parts(table: Table, width: int) -> list[Table]:
+    """The table, or tables of as many columns as fit, each beginning with the names of the rows."""
+    if table.box is None:
+        return [table]  # its last column wraps
+    names = [str(column.header) for column in table.columns]
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    needs = [max(map(cell_len, [name, *c])) + 3 for name, c in zip(names, cells, strict=True)]
+    kept = [0] if table.row_count > 1 else []
+    room = width - 1 - sum(needs[i] for i in kept)
+    parts: list[list[int]] = []
+    left = 0
+    for i in range(len(kept), len(names)):
+        if not parts or needs[i] > left:
+            parts.append([*kept])
+            left = room
+        parts[-1].append(i)
+        left -= needs[i]
+    if len(parts) == 1:
+        return [table]
+    rows = list(zip(*cells, strict=True))
+    return [
+        rows_table(
+            "" if n else str(table.title or ""),
+            [names[i] for i in part],
+            [[row[i] for i in part] for row in rows],
+        )
+        for n, part in enumerate(parts)
+    ]
 
 
 def rows_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """A plain table; the first column is left-aligned, the others right-aligned."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title or None, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
@@ -53,7 +90,7 @@ def amount(value: float) -> str:
 
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> Table:
-    """One row of the scalar metrics."""
+    """The scalar metrics, as a row of names above a row of values."""
     scalars = {k: v for k, v in metrics.items() if v is None or isinstance(v, int | float)}
     return rows_table(title, list(scalars), [list(scalars.values())])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,10 +59,9 @@ def contestant(name: str, spent: Callable[[int], float]) -> timing.Call:
 
 def test_ratios_are_of_the_same_round(fake_clock: list[tuple[str, int]]) -> None:
     """A machine that is ten times as slow in every other round leaves them alone."""
-    slowness = [1, 10]
 
-    def load(turn: int) -> float:
-        return slowness[turn // 8 % 2]
+    def load(_: int) -> float:
+        return [1, 10][len(fake_clock) // 2 % 2]  # two calls each round, two to warm up
 
     calls = {
         "a": contestant("a", lambda t: 2 * load(t)),
@@ -97,7 +97,7 @@ def test_rounds_go_on_while_a_ratio_moves(fake_clock: list[tuple[str, int]]) -> 
     calls = {
         "ours": contestant("ours", lambda _: 1.0),
         "steady": contestant("steady", lambda _: 2.0),
-        "restless": contestant("restless", lambda t: noise[t]),
+        "restless": contestant("restless", lambda _: noise[len(fake_clock)]),
     }
     found, _ = timing.compare(calls, CPU, 60.0)
     assert found["steady"].rounds == timing.LEAST
@@ -129,6 +129,20 @@ def test_every_operator_has_cases_and_no_two_are_the_same() -> None:
     assert {case.op for case in cases} == set(_library.OPS)
     keys = [(case.op, case.size, case.part, case.dtype) for case in cases]
     assert len(set(keys)) == len(keys)
+
+
+def test_the_reference_of_a_backward_pass_is_the_reference() -> None:
+    """Its forward pass is made before anything is timed, and decides what runs backward."""
+    (case, *_) = [c for c in operators.all_cases() if c.part == "backward"]
+    modes = []
+
+    def calls(_: Setting) -> dict[str, timing.Call]:
+        modes.append(_library.MODE)
+        return {"detkit": lambda turn: modes.append(_library.MODE)}
+
+    run_reference = operators._by_reference(replace(case, calls=calls), Setting(CPU, 1, {}))
+    run_reference(0)
+    assert modes == ["reference", "reference"]
 
 
 def test_targets_name_cases_and_contestants() -> None:

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from detkit.cli.main import COMMANDS, run
-from detkit.cli.tables import amount, print_table, slim_table
+from detkit.cli.tables import amount, print_table, rows_table, slim_table
 
 ROOT = Path(__file__).parents[1]
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -143,6 +144,63 @@ def test_a_reader_that_has_enough_is_no_error(detkit: dict[str, str]) -> None:
     assert not STYLE.search(done.stdout)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "detkit --help | head -1",
+        "detkit finetune --help | head -1",
+        "detkit models --json | head -c 9",
+        "detkit pretrain --data crops --set data.workers=1 --steps 1 --dry-run | head -1",
+        "detkit pretrain --data crops --set data.workers=1 --steps 1 --dry-run 2>&1 | head -1",
+        "detkit data show crops --json 2>&1 | head -c 9",
+    ],
+)
+def test_no_command_minds_a_closed_pipe(line: str, detkit: dict[str, str], tmp_path: Path) -> None:
+    """Neither its own nor its loader processes' output holds a traceback; code 0."""
+    for number in range(8):
+        file = tmp_path / "crops" / ("train", "val")[number % 2] / "ab"[number // 4]
+        file.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 100, 50)).save(file / f"{number}.png")
+    script = f"{line}; code=${{PIPESTATUS[0]}}; echo; echo $code"
+    done = subprocess.run(
+        ["bash", "-c", script], env=detkit, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "0", done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "BrokenPipe" not in done.stdout + done.stderr
+
+
+def test_a_file_that_is_not_there_gets_the_nearest_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "best.pth").write_bytes(b"")
+    for line, hint in [
+        (["finetune", "--data", "shape", "--steps", "1"], "'shapes'"),
+        (["predict", "bst.pth", "x.jpg"], "'best.pth'"),
+    ]:
+        assert run(line) == 2
+        assert f"did you mean {hint}?" in capsys.readouterr().err
+
+
+def test_commands_load_only_what_they_need() -> None:
+    """Help loads no torch; doctor, which must, nothing else that is slow."""
+    slow = ("torch", "numpy", "matplotlib", "PIL", "pycocotools", "tensorboard", "onnx")
+    for line, allowed in [
+        (["--help"], ()),
+        (["finetune", "--help"], ()),
+        (["doctor"], ("torch", "numpy")),
+    ]:
+        code = (
+            f"import sys, detkit.cli.main as m; m.run({line}); "
+            f"sys.exit(','.join(n for n in {slow} if n in sys.modules))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        loaded = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
+        assert set(filter(None, loaded.split(","))) <= set(allowed), line
+
+
 def test_doctor_begins_with_problems_and_their_fix(
     capsys: pytest.CaptureFixture[str], detkit: dict[str, str]
 ) -> None:
@@ -163,3 +221,43 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "data check", "data convert", "data show"])
+def test_help_shows_each_example_on_a_line_of_its_own(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "\\b" not in text
+    _, examples = re.split(r"\n  Examples?:\n", text)
+    lines = examples.split("\n\n")[0].splitlines()
+    assert all(line.startswith(f"    detkit {name.split()[0]}") for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_wide_table_comes_in_parts_that_fit(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twelve metrics of each class, in a pipe for which COLUMNS is set: nothing is cut."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = [f"AP{i}" for i in range(12)]
+    rows = [["triangle", *(i / 1000 for i in range(12))], ["disc", *([None] * 12)]]
+    print_table(rows_table("per class", ["class", *columns], rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert [w for w in words if w.startswith("AP")] == columns
+    assert [w for w in words if w.startswith("0.")] == [f"{i / 1000:.3f}" for i in range(12)]
+    assert words.count("disc") == words.count("triangle") > 1
+
+
+def test_problems_of_a_set_are_lines_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["data", "synth", str(tmp_path / "s"), "--train=2", "--val=1", "--size=64"]) == 0
+    (tmp_path / "s/images/train/000001.png").unlink()
+    capsys.readouterr()
+    assert run(["data", "check", str(tmp_path / "s")]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"train: \d+\.png, image 1 \(skip\): image-missing, no such file", first)

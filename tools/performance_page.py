@@ -128,19 +128,22 @@ def conditions(result: Row) -> list[str]:
 
 def evaluation_table(result: Row) -> list[str]:
     """Contestants of benchmarks/evaluation.py."""
-    columns = ["", "seconds", "CPU seconds", "times as fast", "GiB", "largest difference"]
+    columns = ["", "seconds", "CPU seconds", "× as fast", "× in CPU", "GiB", "largest difference"]
     rows = [
         [
             name,
             f"{row['seconds']:.1f}",
             f"{row['cpu_seconds']:.1f}",
             f"{row['times_faster']:.1f}",
+            f"{result['rows']['pycocotools']['cpu_seconds'] / row['cpu_seconds']:.1f}",
             f"{row['peak_gib']:.2f}",
             f"{row['largest_difference']:.0e}",
         ]
         for name, row in result["rows"].items()
     ]
-    return table(columns, rows)
+    facts = result["hardware"]
+    load = f"Load {facts['load_before']:.1f} before and {facts['load_after']:.1f} after."
+    return [*table(columns, rows), "", load]
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {

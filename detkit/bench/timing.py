@@ -24,10 +24,10 @@ BLOCK = 8.0
 """Milliseconds that one time covers at least: short calls are repeated."""
 
 SLOW = 400.0
-"""Milliseconds from which on a contestant other than the first runs `FEW` times."""
+"""Milliseconds from which on a contestant runs `FEW` times, the first run included."""
 
 FEW = 3
-LEAST = 7
+LEAST = 5
 MOST = 60
 STEADY = 0.02
 """Standard error of a median ratio, as a part of it, that ends the rounds."""
@@ -98,25 +98,26 @@ def compare(
     warm, failures = _warm_all(calls, device)
     names = list(warm)
     repeats = {name: max(1, round(BLOCK / max(ms, 1e-3))) for name, ms in warm.items()}
-    least = {n: FEW if n in few or warm[n] > SLOW else LEAST for n in names}
-    times: dict[str, list[float | None]] = {name: [] for name in names}
-    for name in names[1:]:
-        if warm[name] > 10 * SLOW:  # so long that the first run has to do
-            times[name].append(warm[name])
-            least[name] = 1
+    least = {name: _least(ms, name in few) for name, ms in warm.items()}
+    least[names[0]] = LEAST if warm[names[0]] <= SLOW else FEW
+    # where a call is so long, its first run counts
+    times: dict[str, list[float | None]] = {
+        name: [warm[name]] if warm[name] > SLOW and name != names[0] else [] for name in names
+    }
     end, turn = time.perf_counter() + seconds, 0
     gc.collect()
     while True:
-        open_ = [n for n in names if _goes_on(n, names[0], times, least, time.perf_counter() < end)]
-        if turn and not open_:
+        more = time.perf_counter() < end
+        order = [n for n in names if _goes_on(n, names[0], times, least, more)]
+        if turn and not order:
             break
-        order = [n for n in names if n in open_ or n == names[0]]
+        order = order if names[0] in order else [names[0], *order]
         first = turn % len(order)
         for name in order[first:] + order[:first]:
-            times[name].append(clock(calls[name], device, turn * 8, repeats[name]))
-        for name in names:
             if len(times[name]) <= turn:
-                times[name].append(None)
+                times[name].append(clock(calls[name], device, turn * repeats[name], repeats[name]))
+        for own in times.values():
+            own.extend([None] * (turn + 1 - len(own)))
         turn += 1
     return {name: _timing(times[name], times[names[0]]) for name in names}, failures
 
@@ -135,6 +136,13 @@ def _warm_all(
                 raise
             failures[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return warm, failures
+
+
+def _least(ms: float, seldom: bool) -> int:
+    """Rounds of a contestant whose call takes ``ms``, at least."""
+    if ms > (SLOW if seldom else 10 * SLOW):
+        return 1
+    return FEW if seldom or ms > SLOW else LEAST
 
 
 def _warm_up(call: Call, device: torch.device) -> float:

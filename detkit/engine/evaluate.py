@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -49,6 +48,7 @@ def evaluate(
     metric: str = "coco",
     iou_types: Sequence[str] | None = None,
     on_matches: OnMatches | None = None,
+    source: str = "results",
 ) -> Record:
     """Score detections against COCO ground truth.
 
@@ -62,6 +62,7 @@ def evaluate(
         on_matches: called with each IoU type and pycocotools' matches of each class, area and
             image (in this order, the image changing fastest; images in order of their ids), for
             what needs more than the numbers; they are made for "coco" only.
+        source: name of the detections in messages.
 
     Returns:
         For "coco" ``{"bbox": {AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl},
@@ -78,7 +79,7 @@ def evaluate(
         ValueError: an unknown metric or IoU type.
     """
     return Scorer(truth, metric=metric, iou_types=iou_types)(
-        results, analysis=analysis, on_matches=on_matches
+        results, analysis=analysis, on_matches=on_matches, source=source
     )
 
 
@@ -114,11 +115,12 @@ class Scorer:
         *,
         analysis: bool = False,
         on_matches: OnMatches | None = None,
+        source: str = "results",
     ) -> Record:
         """Scores of ``results``, as :func:`evaluate` gives them."""
         truth = self._truth
         with no_collection():
-            detections, more = normalise_results(results, truth)
+            detections, more = normalise_results(results, truth, source=source)
         counts = {"images": len(truth["images"]), "detections": len(detections)}
         if self._metric == "coco":
             kinds = _iou_types(truth, detections) if self._kinds is None else tuple(self._kinds)
@@ -184,7 +186,7 @@ class _Known:
             {"id": n, "height": sizes[i][0], "width": sizes[i][1]} if i in sizes else {"id": n}
             for i, n in self.image_ids.items()
         ]
-        self.rows = [self._row(n, a) for n, a in enumerate(truth["annotations"], 1)]
+        self.rows = [self._annotation(n, a) for n, a in enumerate(truth["annotations"], 1)]
         self._indexed: dict[str, Any] = {}
 
     def tables(
@@ -231,17 +233,22 @@ class _Known:
             "image_id": self.image_ids[record["image_id"]],
             "category_id": self.category_ids[record["category_id"]],
             "bbox": box,
-            "area": record.get("area", box[2] * box[3]),
-            "iscrowd": record.get("iscrowd", 0),
+            "area": box[2] * box[3],
+            "iscrowd": 0,
         }
         if self.kind == "segm":
             new["segmentation"] = _mask(record, box, self.sizes)
         return new
 
+    def _annotation(self, n: int, record: Record) -> Record:
+        return self._row(n, record) | {k: record[k] for k in ("area", "iscrowd") if k in record}
+
     def _detection(self, n: int, record: Record) -> Record:
         new = self._row(n, record)
-        area = math.prod(new["bbox"][2:]) if record.get("bbox") else _mask_area(record, self.sizes)
-        return {**new, "area": area, "iscrowd": 0, "score": record["score"]}
+        new["score"] = record["score"]
+        if not record.get("bbox"):
+            new["area"] = _mask_area(record, self.sizes)
+        return new
 
 
 def matching_library() -> str:
@@ -272,10 +279,10 @@ def _sizes(truth: Record) -> Sizes:
 
 def _box(record: Record, sizes: Sizes) -> list[float]:
     """Its box, or that around its mask."""
-    from pycocotools import mask
-
     if record.get("bbox"):
         return list(record["bbox"])
+    from pycocotools import mask  # here: on half a million boxes the import alone takes a second
+
     return [float(v) for v in mask.toBbox(_mask(record, [], sizes))]
 
 

@@ -26,6 +26,18 @@ from detkit.errors import DataError
 Record = dict[str, Any]
 
 
+def load_results(path: str | Path) -> Any:
+    """What a results file holds, unchecked; raises DataError where it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        with no_collection():
+            return json.loads(text)
+    except OSError as error:
+        raise DataError(f"{path}: must be a readable results file, got {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: must be valid JSON, got {error}") from error
+
+
 def read_results(path: str | Path, truth: Record) -> list[Record]:
     """The detections of a COCO results file, checked against ``truth``.
 
@@ -36,14 +48,7 @@ def read_results(path: str | Path, truth: Record) -> list[Record]:
     Raises:
         DataError: the file cannot be read, is no such list, or a row is unusable (it is named).
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        with no_collection():
-            rows = json.loads(text)
-    except OSError as error:
-        raise DataError(f"{path}: must be a readable results file, got {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: must be valid JSON, got {error}") from error
+    rows = load_results(path)
     normalise_results(rows, truth, source=str(path))
     return rows  # type: ignore[no-any-return]  # checked just above
 
@@ -66,7 +71,7 @@ def no_collection() -> Iterator[None]:
 def normalise_results(
     results: Sequence[Record], truth: Record, *, source: str = "results"
 ) -> tuple[list[Record], list[str]]:
-    """Copies of the detections that satisfy the rules of this file, and a line per rule applied.
+    """The detections, copied where a rule of this file changes them, and a line per rule applied.
 
     Args:
         results: detections in COCO's results format.
@@ -82,7 +87,7 @@ def normalise_results(
     images = {image["id"]: image for image in truth["images"]}
     categories = {category["id"] for category in truth["categories"]}
     if _plain_boxes(results, images, categories):
-        return list(map(dict, results)), []
+        return list(results), []
     bad: list[int] = []
     clean = []
     for row, result in enumerate(results):
@@ -90,7 +95,7 @@ def normalise_results(
         if "bbox" in result and not _is_box(result["bbox"]):
             bad.append(row)
             result = {**result, "bbox": [0.0, 0.0, 0.0, 0.0]}
-        clean.append(dict(result))
+        clean.append(result)
     shown = ", ".join(str(r) for r in bad[:5]) + (", …" if len(bad) > 5 else "")
     rule = "detections whose box is not finite or has a negative side, counted as false positives"
     return clean, [f"{rule}: {len(bad)} (rows {shown})"] if bad else []
