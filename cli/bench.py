@@ -219,7 +219,8 @@ def _cells(row: Row) -> Sequence[str]:
 def _show_machine(result: Row) -> None:
     facts = result["hardware"]
     names = ("device", "instructions", "cores", "threads", "torch", "load_before", "load_after")
-    click.echo(", ".join(f"{name} {facts[name]}" for name in names if name in facts))
+    shown = {n: f"{v:.1f}" if isinstance(v, float) else v for n, v in facts.items()}
+    click.echo(", ".join(f"{name} {shown[name]}" for name in names if name in shown))
     if result.get("peers"):
         click.echo("peers: " + ", ".join(f"{k} {v}" for k, v in result["peers"].items()))
 

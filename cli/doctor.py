@@ -9,6 +9,7 @@ import click
 from detkit.cli.options import Common, common_options, emit
 
 _EXTRAS = {
+    "hotcoco": "fast-eval",
     "matplotlib": "plots",
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "tensorboard": "tensorboard",

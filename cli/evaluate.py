@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ _COCO_TREE = """annotations/instances_train2017.json
 annotations/instances_val2017.json
 train2017/*.jpg
 val2017/*.jpg"""
+
+log = logging.getLogger("detkit")
 
 
 @click.command("eval")
@@ -110,7 +113,7 @@ def command(
         return
     if checkpoint is None and options["detections"] is None:
         checkpoint = Path(str(api.newest_checkpoint("finetune")))
-        click.echo(f"using {checkpoint}", err=True)
+        log.info("using %s", checkpoint)
     if common.dry_run:
         plan = {"checkpoint": str(checkpoint), "data": path, "split": split, **_plain(options)}
         plan |= _drawn(picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import click
 
 from detkit.cli.options import Common, common_options, emit, height_by_width
 from detkit.errors import ConfigError
+
+log = logging.getLogger("detkit")
 
 
 @click.command("export")
@@ -58,7 +61,7 @@ def command(
         raise ConfigError("-o: must stand without --out, got both")
     if checkpoint is None:
         checkpoint = Path(str(api.newest_checkpoint("finetune")))
-        click.echo(f"using {checkpoint}", err=True)
+        log.info("using %s", checkpoint)
     target = onnx or (common.out or checkpoint.parent) / f"{checkpoint.stem}.onnx"
     options["size"] = height_by_width(size)
     if common.dry_run:

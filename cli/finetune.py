@@ -42,6 +42,7 @@ from detkit.errors import ConfigError
     "--epochs",
     "--minutes",
     "--batch-size",
+    "--tensorboard",
 )
 def command(common: Common, collect_scales: Path | None, **options: Any) -> int:
     """Train a detector on a COCO, VOC or YOLO set, or on synthetic shapes.

@@ -6,9 +6,12 @@ import errno
 import importlib
 import json
 import os
+import re
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -110,7 +113,7 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         path = context.command_path if context else "detkit"
-        return _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`", 2, arguments)
+        return _fail(f"{_worded(error)}; see `{path} --help`", 2, arguments)
     except DetkitError as error:
         return _fail(str(error), error.exit_code, arguments)
     except OSError as error:
@@ -120,6 +123,16 @@ def run(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the last line of defence: our bug, told as one
         return _unexpected(error, arguments)
     return result if isinstance(result, int) else 0
+
+
+def _worded(error: click.ClickException) -> str:
+    """Click's message, with the nearest choice for a value that is none."""
+    text = error.format_message().rstrip(".")
+    kind = getattr(getattr(error, "param", None), "type", None)
+    wrong = re.search(r"'([^']*)' is not one of", text)
+    if isinstance(kind, click.Choice) and wrong:
+        text += suggest(wrong[1], map(str, kind.choices))
+    return text
 
 
 def _unexpected(error: Exception, arguments: list[str]) -> int:
@@ -134,8 +147,12 @@ def _unexpected(error: Exception, arguments: list[str]) -> int:
 def _fail(message: str, code: int, arguments: list[str]) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
+    in_json = "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)
     if "--json" in arguments and os.environ.get("RANK", "0") == "0":  # one object, of one process
         click.echo(json.dumps({"error": message, "exit_code": code}))
+    elif in_json:
+        event = {"time": round(time.time(), 3), "kind": "error", "message": message}
+        click.echo(json.dumps(event | {"exit_code": code}), err=True)
     else:
         click.echo(f"Error: {message}", err=True)
     return code

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import click
 
 from detkit import config as configs
+from detkit.cli import logs
 from detkit.errors import ConfigError
 
 log = logging.getLogger("detkit")
@@ -37,6 +36,7 @@ class Common:
     recipe: str | None = None
     dry_run: bool = False
     debug: bool = False
+    log_format: str | None = None
     flags: Tables = field(default_factory=dict)
 
     def layers(self) -> list[Mapping[str, Any]]:
@@ -115,6 +115,11 @@ _COMMON = (
         is_flag=True,
         help="Write nothing, show what would run; a training does two steps to say what it takes.",
     ),
+    click.option(
+        "--log-format",
+        type=click.Choice(logs.FORMATS),
+        help="Messages on stderr.  [default: rich on a terminal, else plain]",
+    ),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
 
@@ -146,6 +151,11 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "--steps": ("train", "steps", {"type": int, "help": "Length in optimiser steps."}),
     "--epochs": ("train", "epochs", {"type": float, "help": "Length in passes over the split."}),
     "--minutes": ("train", "minutes", {"type": float, "help": "Length in wall minutes."}),
+    "--tensorboard": (
+        "train",
+        "tensorboard",
+        {"is_flag": True, "help": "Event files for TensorBoard in the run folder too."},
+    ),
     "--batch-size": (
         "train",
         "batch_size",
@@ -170,7 +180,7 @@ def common_options(*flags: str) -> Callable[[Command], Command]:
         @functools.wraps(function)
         def wrapper(**values: Any) -> Any:
             common = _collect(flags, values)
-            configure_logging(common)
+            logs.configure(common.log_format, debug=common.debug)
             for line in common.overridden():
                 log.info("%s", line)
             return function(common=common, **values)
@@ -192,17 +202,11 @@ def _collect(flags: tuple[str, ...], values: dict[str, Any]) -> Common:
         if value is not None:
             table, key, _ = _SETTINGS[flag]
             tables.setdefault(table, {})[key] = value
-    shared = ("seed", "device", "out", "overrides", "config_file", "recipe", "dry_run", "debug")
+    shared = (
+        *("seed", "device", "out", "overrides", "config_file", "recipe", "dry_run", "debug"),
+        "log_format",
+    )
     return Common(json=values.pop("as_json"), flags=tables, **{k: values.pop(k) for k in shared})
-
-
-def configure_logging(common: Common) -> None:
-    """Messages of detkit on stderr; only the first process of a group speaks."""
-    speaks = int(os.environ.get("RANK", "0")) == 0
-    form = "%(levelname)s %(name)s: %(message)s" if common.debug else "%(message)s"
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, force=True)
-    logging.getLogger("detkit").setLevel(logging.INFO if speaks else logging.ERROR)
-    logging.captureWarnings(True)
 
 
 def height_by_width(text: str | None) -> tuple[int, int] | None:

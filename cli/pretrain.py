@@ -22,6 +22,7 @@ from detkit.cli.training import run_training, training_options
     "--epochs",
     "--minutes",
     "--batch-size",
+    "--tensorboard",
 )
 def command(common: Common, **options: Any) -> int:
     """Train a backbone as a classifier on an ImageFolder set (train/<class>/, val/<class>/).

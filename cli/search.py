@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from detkit.errors import ConfigError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _PLAIN = ("method", "fitness", "population", "generations", "split", "latency_device")
+
+log = logging.getLogger("detkit")
 
 
 @click.command("search")
@@ -93,7 +96,7 @@ def command(
 
     if supernet is None:
         supernet = _known(common.out, resume) or _newest(layers)
-        click.echo(f"searching {supernet}", err=True)
+        log.info("searching %s", supernet)
     if "LOCAL_RANK" not in os.environ:
         count, threads = detnas.processes(common.device, gpus, processes)
         if count > 1:

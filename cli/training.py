@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ import click
 from detkit import config as configs
 from detkit.cli.options import Common, emit
 from detkit.errors import ConfigError
+
+log = logging.getLogger("detkit")
 
 
 def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +46,7 @@ def run_training(
     if kind == "finetune" and starts and init_from is None and _is_bare(common):
         init_from = api.newest_checkpoint("pretrain", required=False)
         found = f"starting from {init_from}" if init_from else "no pretrain run: from scratch"
-        click.echo(found, err=True)
+        log.info("%s", found)
     settings = api.resolve_settings(
         kind, common.layers(), recipe=common.recipe, init_from=init_from, resume=resume
     )
@@ -94,9 +97,10 @@ def _is_bare(common: Common) -> bool:
 
 def _check_data(config: configs.Config, common: Common) -> None:
     if config.data.path == "synthetic" and not common.flags.get("data"):
-        click.echo("training on the built-in synthetic shapes; --data takes your own set", err=True)
+        log.info("training on the built-in synthetic shapes; --data takes your own set")
     elif config.data.path != "synthetic" and not Path(config.data.path).exists():
-        raise ConfigError(f"--data: must exist, got {config.data.path!r}")
+        hint = configs.suggest_path(config.data.path)
+        raise ConfigError(f"--data: must exist, got {config.data.path!r}{hint}")
 
 
 def _train(
@@ -120,6 +124,7 @@ def _train(
             init_from=init_from,
             allow_partial=allow_partial,
             on_step=progress,
+            on_image=progress.on_image,
         )
 
 

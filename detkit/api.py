@@ -40,6 +40,7 @@ from detkit.engine.evaluate import evaluate as score
 from detkit.engine.results import load_results
 from detkit.engine.run import RunFolder, check_new, create_run, newest_run, same_run
 from detkit.engine.summary import NUMBERS
+from detkit.engine.tensorboard import require_tensorboard
 from detkit.engine.train import StepInfo, fit
 from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
 from detkit.loading import (
@@ -60,6 +61,7 @@ from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architec
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
 from detkit.nas.cost import cost_table
 from detkit.nas.split import SearchSplit
+from detkit.ops import backend
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
@@ -288,6 +290,7 @@ def train(
     init_from: str | Path | None = None,
     allow_partial: bool = False,
     on_step: Callable[[StepInfo], None] | None = None,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Train a classifier or a detector and keep its checkpoints in a run folder.
 
@@ -301,6 +304,7 @@ def train(
         init_from: checkpoint to start from.
         allow_partial: accept missing and left-over weights of ``init_from``.
         on_step: called after each step on the first process.
+        on_image: called with (images done, images in all) of its share of an evaluation.
 
     Returns:
         ``{"run": folder, "checkpoint": file, "metrics": {...}}``.
@@ -323,6 +327,7 @@ def train(
         run = _run_folder(command, config, out, ready.previous)
         if distributed.is_main():
             with run.logging():  # so that log.txt lists them too
+                _tell_operators(place)
                 _tell_problems(ready.train_set, config.data.split)
                 if ready.val_set.report is not ready.train_set.report:
                     _tell_problems(ready.val_set, config.data.val_split)
@@ -331,7 +336,7 @@ def train(
         kept = supernet.entries(command, config, ready.split)
         if ready.layers is not None:
             kept["scales"] = _kept(ready.resumed or ready.source)
-        score = partial(_validate, command, ready.val_set, config, place)
+        score = partial(_validate, command, ready.val_set, config, place, on_image=on_image)
         evaluate: supernet.Evaluate | None = score
         if is_supernet(config.model.backbone):
             evaluate = supernet.evaluator(command, config, ready.train_set, place, score)
@@ -415,6 +420,8 @@ def prepare(
     config = with_length(config)
     check_metric(command, config)
     supernet.check_settings(config)
+    if config.train.tensorboard:
+        require_tensorboard()
     previous = _to_resume(command, config, out, resume)
     if out is not None and previous is None and distributed.is_main():
         check_new(out)
@@ -490,6 +497,15 @@ def _require_masks(dataset: Any, config: Config) -> None:
             f"{dataset.source}: objects must have masks for eval.metric = "
             f"{config.eval.metric!r}, got none in split {config.data.val_split!r}"
         )
+
+
+def _tell_operators(device: torch.device) -> None:
+    """Which kernel each operator runs on the device."""
+    kernels: dict[str, list[str]] = {}
+    for op, kernel in backend(device.type).items():
+        kernels.setdefault(kernel, []).append(op)
+    told = "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in kernels.items())
+    log.info("operators on %s: %s", device, told)
 
 
 def _tell_problems(dataset: Any, split: str) -> None:
@@ -569,17 +585,24 @@ def _resumable(path: str) -> RunFolder:
 
 
 def _validate(
-    command: str, dataset: Any, config: Config, device: torch.device, model: nn.Module
+    command: str,
+    dataset: Any,
+    config: Config,
+    device: torch.device,
+    model: nn.Module,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> dict[str, float | None]:
     """Scalar metrics on the validation split; each process takes its share of the images."""
     rank, world = distributed.rank(), distributed.world_size()
     batches = eval_batches(dataset, config, rank=rank, world=world)
+    count = _counting(on_image, len(range(rank, len(dataset), world)))
     if command == "pretrain":
         own = len(dataset) > distributed.rank()  # with more processes than images some have none
-        parts = [p for p in distributed.gather(top1(model, batches, device) if own else None) if p]
+        found = top1(model, batches, device, on_batch=count) if own else None
+        parts = [p for p in distributed.gather(found) if p]
         images = sum(part["images"] for part in parts)
         return {"top1": sum(part["top1"] * part["images"] for part in parts) / images}
-    rows = detect_dataset(model, batches, dataset.categories, device)
+    rows = detect_dataset(model, batches, dataset.categories, device, on_batch=count)
     results = [row for part in distributed.gather(rows) for row in part]
     for damaged in distributed.gather(dataset.damaged):
         dataset.damaged |= damaged
@@ -851,14 +874,7 @@ def detect_images(
     unknown = [name for name in theirs.names if name not in shared]
     if unknown:
         log.warning("categories the model never learnt score 0: %s", ", ".join(unknown))
-    done = 0
-
-    def count(batch: Any) -> None:
-        nonlocal done
-        done += len(batch.images)
-        if on_image is not None:
-            on_image(done, total)
-
+    count = _counting(on_image, total)
     device = next(loaded.model.parameters()).device
     results = detect_dataset(
         loaded.model,
@@ -877,6 +893,22 @@ def detect_images(
         for row in results
         if row["category_id"] in ids
     ]
+
+
+def _counting(
+    on_image: Callable[[int, int], None] | None, total: int
+) -> Callable[[Any], None] | None:
+    """What to call with each batch, so that ``on_image`` is called with images done and in all."""
+    if on_image is None:
+        return None
+    done = 0
+
+    def count(batch: Any) -> None:
+        nonlocal done
+        done += len(batch.images)
+        on_image(done, total)
+
+    return count
 
 
 def _write_json(path: str | Path, value: Any) -> None:

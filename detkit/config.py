@@ -117,6 +117,16 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def suggest_path(path: str | Path) -> str:
+    """As :func:`suggest`, of what lies where ``path`` does not, without its hidden files."""
+    path = Path(path)
+    try:
+        near = [str(path.with_name(p.name)) for p in path.parent.iterdir() if p.name[0] != "."]
+    except OSError:
+        return ""
+    return suggest(str(path), sorted(near)) if path.name else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which network."""
@@ -607,6 +617,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 500
     """Steps between writes of last.pth."""
+    tensorboard: bool = False
+    """Write the lines of metrics.jsonl as TensorBoard's event files too (extra [tensorboard])."""
 
     def __post_init__(self) -> None:
         _one_of("train.amp", self.amp, ("off", "auto", "bf16", "fp16"))
@@ -882,9 +894,14 @@ def parse_override(text: str) -> Layer:
     key, sign, raw = text.partition("=")
     parts = key.strip().split(".")
     if not sign or len(parts) != 2:
-        raise ConfigError(
-            f"--set: must read table.key=value, got {text!r}; for example --set optim.lr=0.01"
-        )
+        plain = to_plain(Config())
+        keys: dict[str, str] = {}
+        for table, values in plain.items():
+            for name in values:  # of two tables the first one's
+                keys.setdefault(name, f"{table}.{name}")
+        near = difflib.get_close_matches(key.strip(), keys, n=1, cutoff=0.6) if sign else []
+        hint = f"did you mean {keys[near[0]]!r}?" if near else "for example --set optim.lr=0.01"
+        raise ConfigError(f"--set: must read table.key=value, got {text!r}; {hint}")
     try:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
     except tomllib.TOMLDecodeError:

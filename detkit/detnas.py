@@ -356,6 +356,13 @@ class _Follower:
         done = self._journal.read_bytes().count(b"\n")  # of all processes
         pace = (time.monotonic() - self._begun) / max(1, done - self._before)
         left = duration(pace * max(0, self._total - done))
+        event = {
+            "kind": "candidate",
+            **line,
+            "done": done,
+            "total": self._total,
+            "best": self._best,
+        }
         shown = "failed" if fitness is None else f"{self._metric} {fitness:.4f}"
         log.info(
             "%d of %d: %s %s, %.1f M multiply-adds, %.1f s; best %s, %s left",
@@ -367,6 +374,7 @@ class _Follower:
             line["seconds"],
             "none" if self._best is None else f"{self._best:.4f}",
             left,
+            extra={"event": event},
         )
         if self._tell is not None:
             self._tell(SearchProgress(done, self._total, line, self._best, left))

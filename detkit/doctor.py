@@ -12,7 +12,7 @@ from typing import Any
 from detkit import __version__
 from detkit.errors import DetkitError
 
-OPTIONAL = ("matplotlib", "onnx", "onnxscript", "onnxruntime", "tensorboard")
+OPTIONAL = ("hotcoco", "matplotlib", "onnx", "onnxscript", "onnxruntime", "tensorboard")
 
 
 def report() -> dict[str, Any]:

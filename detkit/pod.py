@@ -79,10 +79,11 @@ def logged(model: nn.Module, run: RunFolder, config: Config, then: OnStep | None
         if info.step % config.scales.log_every == 0 or info.progress >= 1:
             scales = latest_scales(model)
             _require_finite(info.step, scales)
-            run.append_metrics({"kind": "scales", "step": info.step, "scales": scales})
+            line = {"kind": "scales", "step": info.step, "scales": scales}
+            run.append_metrics(line)
             shown = sorted((d, labels[path]) for path, pair in scales.items() for d in pair)
             ends = [f"{d:.3f} ({label})" for d, label in (shown[0], shown[-1])]
-            log.info("step %d: scales from %s to %s", info.step, *ends)
+            log.info("step %d: scales from %s to %s", info.step, *ends, extra={"event": line})
         if then is not None:
             then(info)
 

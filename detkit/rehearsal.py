@@ -305,9 +305,13 @@ def _disk(ready: Prepared, done: Rehearsal, out: str | Path | None) -> Record:
         losses=done.losses,
         lr=done.lr,
         images_per_second=1 / 3,
+        data_wait=1 / 3,
         eta_seconds=1 / 3,
+        metric=config.eval.metric,
+        value=None,
+        best=None,
     )
-    per_line = 2 * len(json.dumps(asdict(line))) + _LOG_LINE
+    per_line = 2 * len(json.dumps(line.line())) + _LOG_LINE
     logs = per_line * max(1, (total - done.done) // config.train.log_every)
     folder = Path(out or f"runs/{ready.command}") if ready.previous is None else ready.previous.path
     return {

@@ -72,6 +72,10 @@ def test_help_and_import_load_no_torch() -> None:
     [
         ("pretrian", "pretrain"),
         ("finetune --bach-size 3", "--batch-size"),
+        ("finetune --scales lern", "did you mean 'learn'?"),
+        ("search --method evolve", "did you mean 'evolution'?"),
+        ("finetune --set batch_sise=3", "did you mean 'train.batch_size'?"),
+        ("finetune --set train.amp=bf17", "did you mean 'bf16'?"),
         ("finetune --set optim.lrr=1", "optim.lr"),
         ("finetune --recipe tiny/frcn-fpn", "tiny/frcnn-fpn"),
         ("finetune --backbone detnet-59 --dry-run --data synthetic", "detnet59"),

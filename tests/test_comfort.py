@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from detkit.cli.main import COMMANDS, run
 from detkit.cli.tables import amount, print_table, rows_table, slim_table
@@ -141,6 +142,63 @@ def test_a_reader_that_has_enough_is_no_error(detkit: dict[str, str]) -> None:
     assert (first.rstrip(), code) == ("backbones, as classifiers at 224x224", "0")
     assert done.stderr == ""
     assert not STYLE.search(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "detkit --help | head -1",
+        "detkit finetune --help | head -1",
+        "detkit models --json | head -c 9",
+        "detkit pretrain --data crops --set data.workers=1 --steps 1 --dry-run | head -1",
+        "detkit pretrain --data crops --set data.workers=1 --steps 1 --dry-run 2>&1 | head -1",
+        "detkit data show crops --json 2>&1 | head -c 9",
+    ],
+)
+def test_no_command_minds_a_closed_pipe(line: str, detkit: dict[str, str], tmp_path: Path) -> None:
+    """Neither its own nor its loader processes' output holds a traceback; code 0."""
+    for number in range(8):
+        file = tmp_path / "crops" / ("train", "val")[number % 2] / "ab"[number // 4]
+        file.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 100, 50)).save(file / f"{number}.png")
+    script = f"{line}; code=${{PIPESTATUS[0]}}; echo; echo $code"
+    done = subprocess.run(
+        ["bash", "-c", script], env=detkit, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "0", done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "BrokenPipe" not in done.stdout + done.stderr
+
+
+def test_a_file_that_is_not_there_gets_the_nearest_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "best.pth").write_bytes(b"")
+    for line, hint in [
+        (["finetune", "--data", "shape", "--steps", "1"], "'shapes'"),
+        (["predict", "bst.pth", "x.jpg"], "'best.pth'"),
+    ]:
+        assert run(line) == 2
+        assert f"did you mean {hint}?" in capsys.readouterr().err
+
+
+def test_commands_load_only_what_they_need() -> None:
+    """Help loads no torch; doctor, which must, nothing else that is slow."""
+    slow = ("torch", "numpy", "matplotlib", "PIL", "pycocotools", "tensorboard", "onnx")
+    for line, allowed in [
+        (["--help"], ()),
+        (["finetune", "--help"], ()),
+        (["doctor"], ("torch", "numpy")),
+    ]:
+        code = (
+            f"import sys, detkit.cli.main as m; m.run({line}); "
+            f"sys.exit(','.join(n for n in {slow} if n in sys.modules))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        loaded = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
+        assert set(filter(None, loaded.split(","))) <= set(allowed), line
 
 
 def test_doctor_begins_with_problems_and_their_fix(

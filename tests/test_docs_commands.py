@@ -30,7 +30,7 @@ PARSED = {
 """Lines that are only checked: the options exist, and so do the recipes."""
 
 PARSED_PAGES = {
-    "training": "dry runs of each command are in test_rehearsal.py",
+    "training": "test_rehearsal.py and test_log_formats.py run dry runs and formats",
     "performance": "measurements take minutes; test_bench.py runs each with few rounds",
     "cli": "examples of the help texts; each command runs on another page",
     "export": "an export takes half a minute of CPU; quickstart.md has the same commands",

@@ -206,8 +206,10 @@ def test_a_dry_run_tells_the_images_and_opens_no_validation_split(
 ) -> None:
     code, plan = call(capsys, *FINETUNE, "--steps", "1", "--dry-run", "--detector", "retinanet")
     assert code == 0
-    assert (plan["train_images"], plan["search_images"]) == (13, 3)
-    assert "val_images" not in plan and plan["config"]["model"]["backbone"] == "detnas-supernet"
+    train, held = plan["splits"]["train"], plan["splits"]["val"]
+    assert (train["images"], held["images"]) == (13, 3)
+    assert held["name"] == "held out of train"
+    assert plan["config"]["model"]["backbone"] == "detnas-supernet"
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_bits(

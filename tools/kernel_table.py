@@ -26,6 +26,8 @@ THREADS = {"settle_kernel": 512}
 """Threads of a block where they are not 256; of the fused kernels twice the tile."""
 SHARED_KIB = {80: 164, 90: 228}
 """Of a multiprocessor (CUDA programming guide, compute capabilities)."""
+KINDS = ("registers", "spilled", "shared")
+"""Per thread; bytes of spills per thread; bytes of shared memory per block."""
 
 
 def demangled(text: str) -> str:
@@ -77,7 +79,7 @@ def remarks(text: str) -> dict[str, dict[str, int]]:
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         kernels[short_name(match["name"])] = {
             "registers": int(match["registers"]),
-            "spill": int(match["spill"]),
+            "spilled": int(match["spill"]),
             "shared": int(shared[1]) if shared else 0,
         }
     return kernels
@@ -97,35 +99,47 @@ def instructions(cubin: Path) -> dict[str, dict[str, int]]:
             for what in ("HMMA.16816", "LDSM.16", "LDGSTS.E.BYPASS")
         }
         counts[name]["LDG.128"] = len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", part))
-        counts[name]["RED/ATOM"] = len(re.findall(r"\b(?:RED|ATOMG?)\.", part))
+        counts[name]["REDG"] = len(re.findall(r"\b(?:REDG?|ATOMG?)\.E", part))  # atomics
     return counts
+
+
+def row(file: str, name: str, archs: list[int], found: list[dict[str, int]], sass: str) -> str:
+    """One kernel; numbers of several architectures are joined by a stroke."""
+    columns: list[list[object]] = [[k[what] for k in found] for what in KINDS]
+    columns.append(
+        [
+            f"{occupancy(arch, threads_of(name), k['registers'], k['shared'])}%"
+            for arch, k in zip(archs, found, strict=True)
+        ]
+    )
+    cells = [" / ".join(map(str, column)) for column in columns]
+    return "| " + " | ".join([file, f"`{name}`", *cells, sass or "-"]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_KIB))
     parser.add_argument("--only", default="", help="kernels that name one of these types")
-    parser.add_argument("--sources", nargs="*", default=[], help="stems, such as nms_kernel")
+    parser.add_argument("--sources", nargs="*", default=[], help="such as nms_kernel")
     options = parser.parse_args()
-    print("| kernel | sm | registers | spilled bytes | shared bytes | occupancy | SASS |")
-    print("|---|---|---|---|---|---|---|")
+    archs = options.arch or sorted(SHARED_KIB)
+    print(f"| file | kernel | {' | '.join(KINDS)} | occupancy | SASS of sm_{archs[-1]} |")
+    print("|" + "---|" * 7)
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             if options.sources and source.stem not in options.sources:
                 continue
-            for arch in options.arch or sorted(SHARED_KIB):
-                text, cubin = compiled(source, arch, Path(folder))
-                sass = instructions(cubin)
-                for name, k in sorted(remarks(text).items()):
-                    types = re.findall(r"\w+", name)
-                    if options.only and not set(options.only.split(",")) & set(types):
-                        continue
-                    percent = occupancy(arch, threads_of(name), k["registers"], k["shared"])
-                    found = [f"{n} {what}" for what, n in sass.get(name, {}).items() if n]
-                    print(
-                        f"| `{name}` | {arch} | {k['registers']} | {k['spill']} | {k['shared']} "
-                        f"| {percent}% | {', '.join(found) or '-'} |"
-                    )
+            built = [compiled(source, arch, Path(folder)) for arch in archs]
+            found = [remarks(text) for text, _ in built]
+            sass = instructions(built[-1][1])
+            for name in sorted(found[-1]):
+                if options.only and not set(options.only.split(",")) & set(
+                    re.findall(r"\w+", name)
+                ):
+                    continue
+                said = ", ".join(f"{n} {what}" for what, n in sass.get(name, {}).items() if n)
+                file = source.stem.removesuffix("_kernel")
+                print(row(file, name, archs, [kernels[name] for kernels in found], said))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from detkit.config import Config, from_plain
+from detkit.config import Config, from_plain, suggest_path
 from detkit.errors import (
     CheckpointError,
     ConfigError,
@@ -204,7 +204,10 @@ def read(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"checkpoint {path}: must be an existing file, got {_what_is_at(path)}")
+        raise ConfigError(
+            f"checkpoint {path}: must be an existing file, got {_what_is_at(path)}"
+            f"{suggest_path(path)}"
+        )
     try:
         content = io.BytesIO(path.read_bytes())
     except OSError as error:

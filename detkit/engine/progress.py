@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
@@ -36,7 +36,11 @@ class StepInfo:
         losses: Means over ranks and steps, as of the last logging step.
         lr: Learning rate of the step.
         images_per_second: Over all ranks, as of the last logging step.
+        data_wait: Share of the time in which data was waited for, as of the last logging step.
         eta_seconds: Wall seconds left.
+        metric: Which metric ``best.pth`` is best at.
+        value: It at the last evaluation; None before the first.
+        best: Its best so far.
     """
 
     step: int
@@ -45,7 +49,18 @@ class StepInfo:
     losses: dict[str, float]
     lr: float
     images_per_second: float
+    data_wait: float
     eta_seconds: float
+    metric: str
+    value: float | None
+    best: float | None
+
+    def line(self) -> dict[str, object]:
+        """What a line of ``metrics.jsonl`` holds of it: evaluations have lines of their own."""
+        line = asdict(self)
+        for name in ("metric", "value", "best"):
+            del line[name]
+        return line
 
 
 class Window:
@@ -54,21 +69,23 @@ class Window:
     def __init__(self) -> None:
         self.losses: dict[str, float] = {}
         self.images_per_second = 0.0
+        self.data_wait = 0.0
         self.seconds_per_step = 0.0
         self._clear()
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._steps = self._images = 0
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0
 
-    def add(self, losses: Mapping[str, Tensor], images: int, seconds: float) -> None:
-        """Count one step."""
+    def add(self, losses: Mapping[str, Tensor], images: int, seconds: float, waited: float) -> None:
+        """Count one step, of whose seconds some were waited for data."""
         for name, loss in losses.items():
             self._sums[name] = self._sums[name] + loss if name in self._sums else loss
         self._steps += 1
         self._images += images
         self._seconds += seconds
+        self._waited += waited
 
     def close(self) -> None:
         """Turn the sums into means over steps and processes; every process must call it."""
@@ -78,5 +95,6 @@ class Window:
             name: sum(losses.get(name, 0.0) for losses in everyone) / len(everyone) for name in own
         }
         self.images_per_second = self._images / self._seconds
+        self.data_wait = self._waited / self._seconds
         self.seconds_per_step = self._seconds / self._steps
         self._clear()

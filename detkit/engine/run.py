@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from detkit.config import Config, from_plain, read_toml, write_toml
+from detkit.engine.tensorboard import Board
 from detkit.errors import ConfigError, DataError, StorageError
 
 _TIME = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(\d{8}-\d{6})-.+")
 _FILES = re.compile(
-    r"config\.toml|metrics\.jsonl|log\.txt|search_split\.json|report\.html|detections-.+\.json"
+    r"config\.toml|metrics\.jsonl|log\.txt|search_split\.json|report\.html|tensorboard|detections-.+\.json"
     r"|\..+\.pth\.\d+\.tmp"
 )
 
@@ -35,6 +36,7 @@ class RunFolder:
         self.last = self.path / "last.pth"
         self.best = self.path / "best.pth"
         self.log = self.path / "log.txt"
+        self._board: Board | None = None
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -60,6 +62,8 @@ class RunFolder:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one JSON line to ``metrics.jsonl``; raises StorageError when the disk refuses."""
+        if self._board is not None:
+            self._board.write(line)
         with _storage(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -100,6 +104,16 @@ class RunFolder:
         with _storage(self.path):
             for path in self.path.glob(".*.pth.*.tmp"):
                 path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def on_board(self, step: int) -> Iterator[None]:
+        """Write every line of metrics to TensorBoard too, meanwhile; ``step`` steps are done."""
+        self._board = Board(self.path, step)
+        try:
+            yield
+        finally:
+            self._board.close()
+            self._board = None
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:

@@ -157,6 +157,8 @@ def fit(
             if distributed.is_main():
                 run.trim_metrics(fitting.progress.step, fitting.progress.evaluated_step)
                 _log.info("resumed after step %d", fitting.progress.step)
+        if train.tensorboard and distributed.is_main():
+            stack.enter_context(run.on_board(fitting.progress.step))
         return fitting.train(batches, evaluate, on_step, before_step)
 
 
@@ -238,7 +240,9 @@ class Fitting:
         begun, state = time.monotonic(), self.progress
         done = self.length.progress(state.step, state.elapsed_seconds)
         lr = set_factor(self.optimizer, self.lr, factor(self.config.optim, done, state.step))
+        fetching = time.monotonic()
         parts = self._fetch(iterator)
+        waited = time.monotonic() - fetching
         images = int(distributed.gather_numbers([sum(len(p.images) for p in parts)]).sum())
         step = state.step + 1
         with named(step, parts), explained(f"training step {step}", parts, training=True):
@@ -257,7 +261,7 @@ class Fitting:
             self.ema.update(self.model, state.step)
         state.step += 1
         state.images_seen += images
-        self.window.add(result.losses, images, time.monotonic() - begun)
+        self.window.add(result.losses, images, time.monotonic() - begun, waited)
         self._agree(Outcome(state.step, result, [name for part in parts for name in part.files]))
         self.watchdog.beat(state.step)
         return lr
@@ -341,11 +345,11 @@ class Fitting:
             state.best, state.best_step, state.best_metrics = value, state.step, metrics
             self._write(self.run.best, {})
         if distributed.is_main():
-            self.run.append_metrics(
-                {"kind": "eval", "step": state.step, "metrics": metrics, "best": better}
-            )
+            line = {"kind": "eval", "step": state.step, "metrics": metrics, "best": better}
+            self.run.append_metrics(line)
             shown = "undefined" if value is None else f"{value:.4f}"
-            _log.info("step %d: %s %s%s", state.step, name, shown, " (best)" if better else "")
+            best = " (best)" if better else ""
+            _log.info("step %d: %s %s%s", state.step, name, shown, best, extra={"event": line})
         self._save()
 
     def measure(self, evaluate: Evaluate) -> dict[str, float | None]:
@@ -392,24 +396,29 @@ class Fitting:
             losses=window.losses,
             lr=lr,
             images_per_second=window.images_per_second,
+            data_wait=window.data_wait,
             eta_seconds=eta,
+            metric=self.config.eval.metric,
+            value=state.metrics.get(self.config.eval.metric),
+            best=state.best,
         )
 
     def _write_line(self, info: StepInfo) -> None:
         loss = sum(info.losses.values())
         elapsed = self.progress.elapsed_seconds
-        self.run.append_metrics(
-            {"kind": "train", **asdict(info), "loss": loss, "elapsed_seconds": elapsed}
-        )
+        line = {"kind": "train", **info.line(), "loss": loss, "elapsed_seconds": elapsed}
+        self.run.append_metrics(line)
         _log.info(
-            "step %d%s: loss %.4f (%s), lr %.3g, %.1f img/s, %s left",
+            "step %d%s: loss %.4f (%s), lr %.3g, %.1f img/s, %.0f %% data wait, %s left",
             info.step,
             f"/{info.total}" if info.total else "",
             loss,
             ", ".join(f"{name} {value:.4f}" for name, value in info.losses.items()),
             info.lr,
             info.images_per_second,
+            100 * info.data_wait,
             timedelta(seconds=round(info.eta_seconds)),
+            extra={"event": line},
         )
 
     def _result(self) -> FitResult:

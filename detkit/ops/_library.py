@@ -129,11 +129,17 @@ def reference_only() -> Iterator[None]:
         KERNELS.update(kernels)
 
 
-def backend() -> dict[str, str]:
-    """The best backend of each operator here: ``native-cuda``, ``native-cpu`` or ``reference``."""
+def backend(device: str | None = None) -> dict[str, str]:
+    """The backend of each operator here: ``native-cuda``, ``native-cpu`` or ``reference``.
+
+    Args:
+        device: On tensors of this type, ``cpu`` or ``cuda``; by default the best there is.
+    """
     result = {}
     for op, devices in KERNELS.items():
-        if "cuda" in devices and torch.cuda.is_available():
+        if device is not None:
+            result[op] = f"native-{device}" if device in devices else "reference"
+        elif "cuda" in devices and torch.cuda.is_available():
             result[op] = "native-cuda"
         else:
             result[op] = "native-cpu" if "cpu" in devices else "reference"
