@@ -320,8 +320,14 @@ def _state(run: RunFolder, lines: Sequence[Record], stored: Checkpoint | None) -
     elif trained and not any(line["kind"] == "eval" for line in lines):
         notes.append("No evaluation is logged yet.")
     if stored is not None and stored["kind"] == "supernet":
-        notes.append("A supernet detects along one path only; `detkit search` tries its paths.")
+        does = "classifies" if _classifies(stored) else "detects"
+        notes.append(f"A supernet {does} along one path only; `detkit search` tries its paths.")
     return notes
+
+
+def _classifies(stored: Checkpoint) -> bool:
+    """Whether it holds a backbone or a supernet that was trained as a classifier."""
+    return stored["kind"] == "backbone" or stored.get("stage") == "pretrain"
 
 
 def _facts(
@@ -333,7 +339,7 @@ def _facts(
     """Rows of the table of runs."""
     facts: Record = {}
     kind = "" if stored is None else stored["kind"]
-    if kind != "backbone":
+    if stored is None or not _classifies(stored):
         facts["detector"] = config.model.detector
     facts["backbone"] = config.model.backbone
     if kind:

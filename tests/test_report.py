@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import browser, look
@@ -15,6 +16,7 @@ from detkit import config as configs
 from detkit import reporting
 from detkit.cli.main import run
 from detkit.detnas import SearchFolder, run_search
+from detkit.engine.run import RunFolder
 from detkit.models.search_space import SPACES, Genes
 
 EVIL = "<script>alert('cat')</script>"
@@ -273,3 +275,20 @@ def test_the_browser_sees_what_is_wrong(tmp_path: Path) -> None:
     assert seen["broken"] == 1
     assert any("oh" in row for row in seen["console"])
     assert any(name.endswith("none.css") for name in seen["requests"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "does", "detector"),
+    [("pretrain", "classifies", None), ("finetune", "detects", "frcnn-fpn")],
+)
+def test_a_supernet_is_told_as_what_it_was_trained_as(
+    stage: str, does: str, detector: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pre-trained one is no detector, though its settings name the default one."""
+    monkeypatch.setattr(reporting, "_parameters", lambda stored: 1)
+    stored: Any = {"kind": "supernet", "stage": stage, "categories": {"names": ["a"]}}
+    config = configs.resolve([{"model": {"backbone": "detnas-supernet-tiny", "norm": "bn"}}])
+    assert reporting._facts(config, [], stored, None).get("detector") == detector
+    run = RunFolder("nowhere")
+    notes = reporting._state(run, [], stored)
+    assert f"A supernet {does} along one path only; `detkit search` tries its paths." in notes

@@ -347,6 +347,27 @@ def test_gradcheck(variant: Variant, native: bool, device: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_few_boxes_pool_as_among_many(dtype: torch.dtype, channels_last: bool) -> None:
+    """Few boxes read the map as it lies, many read a copy; sums run in the same order."""
+    variant = Variant("ps_roi_align", ratio=2)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    input = features(2, 18, 21, 23, dtype=dtype).contiguous(memory_format=format)
+    boxes = boxes_on(21, 23, 60, variant.scale, 2)
+    few, many = input.clone().requires_grad_(), input.clone().requires_grad_()
+    alone, among = variant.public(few, boxes[:3]), variant.public(many, boxes)
+    assert torch.equal(alone, among[:3])
+    weights = torch.linspace(-1, 1, alone.numel()).reshape(alone.shape).to(dtype)
+    (alone * weights).sum().backward()
+    (among[:3] * weights).sum().backward()
+    assert few.grad is not None and many.grad is not None
+    assert few.grad.count_nonzero() > 0
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert_near(few.grad, many.grad, tolerance)
+
+
+@needs_native
 @pytest.mark.parametrize("variant", [ROI_ALIGN[0], PS_AVG[0], PS_MAX[0]], ids=str)
 def test_double_backward_is_refused(variant: Variant) -> None:
     input = features(1, 12, 6, 6).requires_grad_()

@@ -9,6 +9,7 @@
 
 #include "common/macros.h"
 #include "common/simd.h"
+#include "cpu/huge_pages.h"
 
 namespace detkit::cpu {
 
@@ -17,18 +18,23 @@ struct MapStrides {
   int64_t image, channel, row, column;
 };
 
-// Uninitialised memory, aligned for Vector.
+// Uninitialised memory, aligned for Vector, and in huge pages where it is large: boxes read all
+// over a map.
 template <class A>
 class Scratch {
  public:
-  explicit Scratch(int64_t size)
-      : data_(static_cast<A*>(::operator new(sizeof(A) * std::max<int64_t>(size, 1), kAlign))) {}
+  explicit Scratch(int64_t size) {
+    const size_t bytes = sizeof(A) * std::max<int64_t>(size, 1);
+    const std::align_val_t align{bytes < 2 * kHugePage ? 64 : kHugePage};
+    data_ = {static_cast<A*>(::operator new(bytes, align)), Free{align}};
+    expect_huge(data_.get(), bytes);
+  }
   A* get() const { return data_.get(); }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
   struct Free {
-    void operator()(A* data) const { ::operator delete(data, kAlign); }
+    std::align_val_t align{64};
+    void operator()(A* data) const { ::operator delete(data, align); }
   };
   std::unique_ptr<A, Free> data_;
 };

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "conv_shapes.h"
+#include "cpu/library_conv.h"
 #include "cpu/tap_conv.h"
 #include "torch_stable.h"
 
@@ -16,7 +17,11 @@ Tensor dilated_conv2d(const Tensor& input, const Tensor& weight, const std::opti
                       int64_t algorithm) {
   check_algorithm("dilated_conv2d", algorithm, false);
   const ConvShape shape = dilated_shape(input, weight, bias, stride, padding, dilation, groups);
-  const SampleTaps taps = whole_taps(shape, {dilation[0], dilation[1], padding[0], padding[1]});
+  const WholeTaps where{dilation[0], dilation[1], padding[0], padding[1]};
+  if (library_runs_forward(shape, where, input)) {
+    return LibraryConv(shape, where).forward(input, weight, bias);
+  }
+  const SampleTaps taps = whole_taps(shape, where);
   const RoadMap output = make_output(input, shape);
   tap_forward(shape, taps, prepared(input), prepared(weight), prepared(bias), output);
   return finish(output);
@@ -30,7 +35,11 @@ std::tuple<Tensor, Tensor> dilated_conv2d_backward(const Tensor& grad, const Ten
   const ConvShape shape =
       dilated_shape(input, weight, std::nullopt, stride, padding, dilation, groups);
   check_grad("dilated_conv2d", input, grad, shape);
-  const SampleTaps taps = whole_taps(shape, {dilation[0], dilation[1], padding[0], padding[1]});
+  const WholeTaps where{dilation[0], dilation[1], padding[0], padding[1]};
+  if (library_runs_backward(shape, input)) {
+    return LibraryConv(shape, where).backward(grad, input, weight, need_input, need_weight);
+  }
+  const SampleTaps taps = whole_taps(shape, where);
   const Sum grad_input(input, need_input), grad_weight(weight, need_weight);
   tap_backward(shape, taps, read_grad(grad), read_input(input, need_weight), prepared(weight),
                grad_input.sum, grad_weight.sum, nullptr);

@@ -44,6 +44,7 @@ std::tuple<Tensor, Tensor> ps_roi_align_op(const Tensor& input, const Tensor& ro
     const PsRoiAlignPlan<A> plan = make_plan<A>(spec, reduce_max, boxes);
     const auto* source = input.const_data_ptr<scalar_t>();
     auto* target = output.mutable_data_ptr<scalar_t>();
+    expect_huge(target, output.numel() * sizeof(scalar_t));
     auto* winners = argmax.mutable_data_ptr<int32_t>();
     torch::stable::parallel_for(0, plan.work(), 1, [&](int64_t begin, int64_t end) {
       ps_roi_align_forward(plan, source, strides, target, winners, begin, end);
@@ -77,6 +78,7 @@ Tensor ps_roi_align_backward_op(const Tensor& grad, const Tensor& rois, const Te
     const auto* source = pooled.const_data_ptr<scalar_t>();
     const auto* winners = samples.const_data_ptr<int32_t>();
     auto* target = grad_input.mutable_data_ptr<scalar_t>();
+    expect_huge(target, grad_input.numel() * sizeof(scalar_t));
     torch::stable::parallel_for(0, plan.work(), 1, [&](int64_t begin, int64_t end) {
       ps_roi_align_backward(plan, source, winners, target, begin, end);
     });

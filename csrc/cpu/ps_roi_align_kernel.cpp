@@ -11,6 +11,9 @@
 namespace detkit::cpu {
 namespace {
 
+// Pixels of the map per box from which on copying the map costs more than reading it as it lies.
+constexpr int64_t kPixelsPerBox = 32;
+
 constexpr int kVectors(int vector_lanes) { return kPsLanes / vector_lanes; }
 
 // An integer of A's width, so that comparisons of A select it.
@@ -63,6 +66,39 @@ DETKIT_CLONES void spread_mean(const A* grad, int64_t width, const RoiWeights<A>
       auto* pixel = reinterpret_cast<V*>(row + x->index * kPsLanes);
       const A weight = y->weight * x->weight;
       for (int v = 0; v < kCount; ++v) pixel[v] += weight * share[v];
+    }
+  }
+}
+
+// The mean of one box's bin read from planes as they lie; the same sums as pool_mean.
+template <class T, class A>
+void pool_planes(const T* planes, const MapStrides& strides, const RoiWeights<A>& box,
+                 const Item& item, A* pooled) {
+  for (int64_t c = 0; c < item.lanes; ++c, planes += strides.channel) {
+    A sum = 0;
+    for (const auto* y = box.rows.first(item.row); y != box.rows.last(item.row); ++y) {
+      const T* row = planes + y->index * strides.row;
+      for (const auto* x = box.columns.first(item.column); x != box.columns.last(item.column);
+           ++x) {
+        sum += y->weight * x->weight * static_cast<A>(row[x->index * strides.column]);
+      }
+    }
+    pooled[c] = sum / box.count;
+  }
+}
+
+// The adjoint of pool_planes, to contiguous planes `stride` apart.
+template <class A>
+void spread_planes(const A* grad, int64_t width, int64_t stride, const RoiWeights<A>& box,
+                   const Item& item, A* planes) {
+  for (int64_t c = 0; c < item.lanes; ++c, planes += stride) {
+    const A share = grad[c] / box.count;
+    for (const auto* y = box.rows.first(item.row); y != box.rows.last(item.row); ++y) {
+      A* row = planes + y->index * width;
+      for (const auto* x = box.columns.first(item.column); x != box.columns.last(item.column);
+           ++x) {
+        row[x->index] += y->weight * x->weight * share;
+      }
     }
   }
 }
@@ -151,6 +187,13 @@ int64_t channel_of(const PsRoiAlignPlan<A>& plan, const Item& item) {
   return item.depth * plan.bins() + item.row * plan.spec.bins_across + item.column;
 }
 
+// Whether so few boxes read the map that it is not worth a copy.
+template <class A>
+bool few_boxes(const PsRoiAlignPlan<A>& plan, const Item& item) {
+  const int64_t boxes = plan.groups.begin[item.image + 1] - plan.groups.begin[item.image];
+  return !plan.reduce_max && boxes * kPixelsPerBox < plan.spec.height * plan.spec.width;
+}
+
 }  // namespace
 
 template <class A>
@@ -171,7 +214,7 @@ void ps_roi_align_forward(const PsRoiAlignPlan<A>& plan, const T* input, const M
                           T* output, int32_t* argmax, int64_t begin, int64_t end) {
   const RoiSpec& spec = plan.spec;
   const int64_t row_size = spec.width * kPsLanes, bins = plan.bins();
-  const Scratch<A> map(spec.height * row_size);
+  const Scratch<A> map(spec.height * row_size);  // touched only where boxes are many
   MapStrides planes = strides;
   planes.channel *= bins;
   for (int64_t index = begin; index < end; ++index) {
@@ -179,7 +222,8 @@ void ps_roi_align_forward(const PsRoiAlignPlan<A>& plan, const T* input, const M
     const int64_t first = plan.groups.begin[item.image], last = plan.groups.begin[item.image + 1];
     if (first == last) continue;
     const T* source = input + item.image * strides.image + channel_of(plan, item) * strides.channel;
-    for (int64_t y = 0; y < spec.height; ++y) {
+    const bool few = few_boxes(plan, item);
+    for (int64_t y = 0; y < spec.height && !few; ++y) {
       pack_row<T, A, kPsLanes>(source + y * strides.row, planes, item.lanes, spec.width,
                                map.get() + y * row_size);
     }
@@ -192,6 +236,8 @@ void ps_roi_align_forward(const PsRoiAlignPlan<A>& plan, const T* input, const M
         for (int64_t c = 0; c < item.lanes; ++c) {
           argmax[offset + c * bins] = static_cast<int32_t>(winner[c]);
         }
+      } else if (few) {
+        pool_planes(source, planes, plan.weights[r], item, pooled);
       } else {
         pool_mean(map.get(), spec.width, plan.weights[r], item, pooled);
       }
@@ -210,7 +256,14 @@ void ps_roi_align_backward(const PsRoiAlignPlan<A>& plan, const T* grad, const i
   const Scratch<A> map(plane * kPsLanes);
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_of(plan, index);
-    std::fill_n(map.get(), plane * kPsLanes, A(0));
+    T* target = grad_input + (item.image * spec.channels + channel_of(plan, item)) * plane;
+    bool few = false;
+    if constexpr (std::is_same_v<T, A>) few = few_boxes(plan, item);  // half types sum in float
+    if (few) {
+      for (int64_t c = 0; c < item.lanes; ++c) std::fill_n(target + c * bins * plane, plane, T(0));
+    } else {
+      std::fill_n(map.get(), plane * kPsLanes, A(0));
+    }
     for (int64_t i = plan.groups.begin[item.image]; i < plan.groups.begin[item.image + 1]; ++i) {
       const int64_t r = plan.groups.order[i], offset = output_offset(plan, r, item);
       alignas(64) A share[kPsLanes] = {};
@@ -219,11 +272,15 @@ void ps_roi_align_backward(const PsRoiAlignPlan<A>& plan, const T* grad, const i
         int32_t winner[kPsLanes];
         for (int64_t c = 0; c < item.lanes; ++c) winner[c] = argmax[offset + c * bins];
         spread_max(share, winner, spec.width, plan.samples[r], item, map.get());
+      } else if (few) {
+        if constexpr (std::is_same_v<T, A>) {
+          spread_planes(share, spec.width, bins * plane, plan.weights[r], item, target);
+        }
       } else {
         spread_mean(share, spec.width, plan.weights[r], item, map.get());
       }
     }
-    T* target = grad_input + (item.image * spec.channels + channel_of(plan, item)) * plane;
+    if (few) continue;
     to_planes<T, A>(map.get(), kPsLanes, item.lanes, plane, target, bins * plane);
   }
 }

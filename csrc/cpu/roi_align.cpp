@@ -40,6 +40,7 @@ Tensor roi_align_op(const Tensor& input, const Tensor& rois, double spatial_scal
     const RoiAlignPlan<A> plan = make_plan<A>(spec, boxes);
     const auto* source = input.const_data_ptr<scalar_t>();
     auto* target = output.mutable_data_ptr<scalar_t>();
+    expect_huge(target, output.numel() * sizeof(scalar_t));
     torch::stable::parallel_for(0, plan.work(), 1, [&](int64_t begin, int64_t end) {
       roi_align_forward(plan, source, strides, target, begin, end);
     });
@@ -66,6 +67,7 @@ Tensor roi_align_backward_op(const Tensor& grad, const Tensor& rois, double spat
     const RoiAlignPlan<A> plan = make_plan<A>(spec, boxes);
     const auto* source = pooled.const_data_ptr<scalar_t>();
     auto* target = grad_input.mutable_data_ptr<scalar_t>();
+    expect_huge(target, grad_input.numel() * sizeof(scalar_t));
     torch::stable::parallel_for(0, plan.work(), 1, [&](int64_t begin, int64_t end) {
       roi_align_backward(plan, source, target, begin, end);
     });

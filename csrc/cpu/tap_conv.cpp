@@ -659,7 +659,9 @@ RoadMap make_output(const Tensor& input, const ConvShape& shape) {
   const bool last = is_channels_last(input);
   const ScalarType dtype = input.scalar_type(), working = working_dtype(dtype);
   RoadMap output{empty_map(input, channels, height, width, dtype, last), Tensor(), last};
-  output.channels_last = last || (input.size(0) > 1 && height * width < kFewPixels);
+  const bool small = input.size(0) > 1 && height * width < kFewPixels;
+  const bool blocked = working == ScalarType::Float && offset_gemms()->cols > 0;
+  output.channels_last = small || (last && !blocked);  // planes are worth a copy to our own kernel
   const bool same = output.channels_last == last && dtype == working;
   output.work = same ? output.result
                      : empty_map(input, channels, height, width, working, output.channels_last);
