@@ -66,6 +66,7 @@ TOP = 10
 """Networks told about at the end."""
 REHEARSED_IMAGES = 4
 """Images that score the networks of ``--dry-run``."""
+_MOST_PROCESSES = 16
 _CALM = ("generations", "cache_mib", "retries")  # settings that leave the sequence as it is
 
 
@@ -549,8 +550,9 @@ def processes(
 ) -> tuple[int, int | None]:
     """How many processes `detkit search` shares a search between, and threads of each.
 
-    On a CPU one per thread that torch would take (cores, or ``OMP_NUM_THREADS``): networks side by
-    side on one thread each are faster than one network on all threads.
+    On a CPU one per thread that torch would take (cores, or ``OMP_NUM_THREADS``), sixteen at most,
+    as each holds a supernet and images of its own: networks side by side on one thread each are
+    faster than one network on all threads.
 
     Args:
         device: As of :func:`search`.
@@ -569,7 +571,7 @@ def processes(
     if gpus or not on_cpu:
         return gpus or 1, None
     threads = torch.get_num_threads()
-    count = wanted or threads
+    count = wanted or min(threads, _MOST_PROCESSES)
     return count, max(1, threads // count)
 
 

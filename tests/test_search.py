@@ -287,6 +287,8 @@ def test_a_search_takes_a_process_per_thread(monkeypatch: pytest.MonkeyPatch) ->
     assert detnas.processes("cpu", wanted=2) == (2, 2)
     assert detnas.processes("cpu", wanted=8) == (8, 1)
     assert detnas.processes("cpu", gpus=3) == (3, None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert detnas.processes("cpu") == (16, 4)
     with pytest.raises(ConfigError, match="--processes: must be left to searches on a CPU, got 2"):
         detnas.processes("cpu", 3, 2)
 
