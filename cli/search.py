@@ -52,7 +52,7 @@ log = logging.getLogger("detkit")
 @click.option(
     "--processes",
     type=click.IntRange(1),
-    help="Networks evaluated at once on a CPU, a process each.  [default: one per core, at most 16]",
+    help="Networks at once on a CPU, a process each.  [default: one per core, up to 16]",
 )
 @click.option(
     "--export",

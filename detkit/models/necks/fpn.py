@@ -96,7 +96,12 @@ class ConvolvedLevels(ExtraLevels):
         levels: dict[str, Tensor] = {}
         x = maps[self.source]
         for name, conv in self.convs.items():
-            levels[name] = x = conv(x if name == "p6" else torch.relu(x))
+            below = x if name == "p6" else torch.relu(x)
+            if self.training and below.shape[-1] == 1:
+                # oneDNN's weight gradient in bf16 is arbitrary for a stride of 2 on one column
+                # (torch 2.13); a column of zeros beside it, which padding gives anyway, is not.
+                below = F.pad(below, (0, 1))
+            levels[name] = x = conv(below)
         return levels
 
 
