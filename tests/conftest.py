@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,31 @@ def real_data() -> Path:
     path = Path(os.environ["DETKIT_TEST_DATA"])
     assert path.is_dir(), f"DETKIT_TEST_DATA must be a folder, got {path}"
     return path
+
+
+@pytest.fixture
+def would_train(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], dict[str, Any]]:
+    """The settings a command line would train with: it runs, but for the training itself.
+
+    As one of the processes that --gpus starts, so that none are started.
+    """
+    from detkit.cli.main import run
+    from detkit.config import Config, to_plain
+
+    def ask(arguments: list[str]) -> dict[str, Any]:
+        asked: list[Config] = []
+
+        def train(command: str, config: Config, **options: Any) -> dict[str, Any]:
+            asked.append(config)
+            return {"run": "run", "checkpoint": "run/best.pth", "metrics": {}}
+
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setattr("detkit.api.train", train)
+        assert run([*arguments, "--json"]) == 0
+        (config,) = asked
+        return to_plain(config)
+
+    return ask
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_recipes import COST, TRAIN2017, header, one_step, padded, picture, rate, settings
 from torch import nn
 
-from detkit.cli.main import run
 from detkit.config import read_toml, recipes, resolve, to_plain
 from detkit.engine import checkpoint
 from detkit.loading import build
@@ -85,9 +85,9 @@ def test_the_commands_of_the_header_run(
     tmp_path: Path,
     real_data: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    would_train: Callable[[list[str]], dict[str, Any]],
 ) -> None:
-    """The first one as a dry run; the later ones take its files."""
+    """The first one, but for its training; the later ones take its files."""
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^detkit .*$", header(name), re.MULTILINE)
     first, decompose, last = (shlex.split(line)[1:] for line in lines)
@@ -103,11 +103,8 @@ def test_the_commands_of_the_header_run(
         "provenance": {},
     }
     checkpoint.save(source, content)
-    data = ["--set", f"data.path={real_data / 'coco_mini'}", "--dry-run", "--json"]
-    assert run([*first, *data]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["config"]["model"]["scales"] == "learn"
-    assert plan["config"]["model"]["backbone"] == settings(name).model.backbone
+    model = would_train([*first, "--set", f"data.path={real_data / 'coco_mini'}"])["model"]
+    assert (model["scales"], model["backbone"]) == ("learn", settings(name).model.backbone)
     out = first[first.index("--out") + 1]
     assert decompose[:2] == ["decompose", f"{out}/best.pth"]
     assert last[last.index("--init-from") + 1] == decompose[decompose.index("-o") + 1]
