@@ -120,6 +120,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def suggest_path(path: str | Path) -> str:
     """As :func:`suggest`, of what lies where ``path`` does not, without its hidden files."""
     path = Path(path)
+    if path.exists():
+        return ""
     try:
         near = [str(path.with_name(p.name)) for p in path.parent.iterdir() if p.name[0] != "."]
     except OSError:
