@@ -8,8 +8,8 @@ on all cores that builds the model and reads its checkpoint, opens the data, dec
 every image and prepares the truth for each network, and detects one image at a time. ``published``
 does the same as the released code of DetNAS does it: a fresh process averages the norms and writes
 the whole model, a second one reads and scores it. All three take turns and must agree in every
-metric to the last digit. Without SUPERNET a random one of the tiny space is searched on the
-synthetic set.
+metric to the last digit (1e-4 where there are several threads, which round otherwise). Without
+SUPERNET a random one of the tiny space is searched on the synthetic set.
 
 With ``--early SHARE`` networks are also scored after that share of the images, nobody is dropped,
 and the ranking error of the early stop of the settings is reported.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import os
 import resource
@@ -225,6 +226,8 @@ def compare(file: str, settings: list[str], rounds: int, networks: int) -> dict[
     opened = open_supernet(file, overrides)
     fitness = Fitness(opened, torch.device("cpu"))
     costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
+    # A search has one thread per network, and sums on two round differently.
+    apart, allowed = 0.0, 0.0 if torch.get_num_threads() == 1 else 1e-4
     for step in range(rounds):
         lines = search(file, settings, networks, step)
         first = next(line for line in lines if line["index"] == 0)
@@ -236,7 +239,8 @@ def compare(file: str, settings: list[str], rounds: int, networks: int) -> dict[
         }
         for way, run in others.items():
             metrics, cost = taken(run)
-            if metrics != first["metrics"]:
+            apart = max(apart, difference(metrics, first["metrics"]))
+            if apart > allowed:
                 raise SystemExit(f"{first['genes']}, {way}: {metrics} is not {first['metrics']}")
             costs[way].append(cost)
         shown = ", ".join(f"{way} {costs[way][-1].wall:.2f} s" for way in WAYS)
@@ -249,11 +253,18 @@ def compare(file: str, settings: list[str], rounds: int, networks: int) -> dict[
             opened.config.search.calibration_steps,
             opened.config.search.calibration_batch,
         ],
-        "identical": True,
+        "largest_difference": apart,
         "networks_of_a_search": networks,
         "seconds": _table({way: [c.wall for c in found] for way, found in costs.items()}),
         "processor_seconds": _table({way: [c.cpu for c in found] for way, found in costs.items()}),
     }
+
+
+def difference(metrics: Metrics, others: Metrics) -> float:
+    """Of the same metrics; infinite where one of them is undefined in one of both alone."""
+    if {k for k, v in metrics.items() if v is None} != {k for k, v in others.items() if v is None}:
+        return math.inf
+    return max(abs(v - (others[k] or 0)) for k, v in metrics.items() if v is not None)
 
 
 def _table(found: Mapping[str, list[float]]) -> dict[str, Any]:
