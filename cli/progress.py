@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("detkit")
 
 
-class LiveScreen:
+class LiveScreen(ABC):
     """A part of the terminal that is drawn anew four times a second; a context manager.
 
     Without a screen (:func:`detkit.cli.logs.screen`) it draws nothing.
@@ -40,9 +41,9 @@ class LiveScreen:
                 console=self._screen.console, get_renderable=self.render, transient=True
             )
 
+    @abstractmethod
     def render(self) -> RenderableType:
         """What the screen shows now."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         if self._live is not None and self._screen is not None:
