@@ -56,7 +56,7 @@ from detkit.loading import Loaded as Loaded
 from detkit.loading import build as build
 from detkit.loading import load as load
 from detkit.loading import pick_device as pick_device
-from detkit.models.count import count_classifier, count_detector
+from detkit.models.count import count_classifier, count_detector, shapes_only
 from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architecture
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
 from detkit.nas.cost import cost_table
@@ -963,7 +963,7 @@ def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
 
 
 def _backbone_row(name: str) -> dict[str, Any]:
-    with torch.device("meta"):
+    with shapes_only():
         backbone = build_backbone(name)
     cost = count_classifier(backbone)
     stages = [

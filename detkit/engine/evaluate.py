@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from detkit.engine.analysis import analyse
 from detkit.engine.inference import inference
 from detkit.engine.memory import explained
-from detkit.engine.results import no_collection, normalise_results
+from detkit.engine.results import normalise_results
 from detkit.engine.summary import numbers, per_class
 from detkit.engine.truth import normalise_truth
 from detkit.engine.voc import evaluate_voc
 from detkit.errors import DataError
+from detkit.garbage import no_collection
 from detkit.types import Batch, CategoryMap, Detections
 
 __all__ = ["detect_dataset", "evaluate", "normalise_truth"]
