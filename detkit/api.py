@@ -35,9 +35,8 @@ from detkit.deploy.metadata import describe
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
 from detkit.engine.classification import top1
-from detkit.engine.evaluate import detect_dataset
+from detkit.engine.detections import detect_dataset
 from detkit.engine.evaluate import evaluate as score
-from detkit.engine.results import load_results
 from detkit.engine.run import RunFolder, check_new, create_run, newest_run, same_run
 from detkit.engine.summary import NUMBERS
 from detkit.engine.tensorboard import require_tensorboard
@@ -62,6 +61,7 @@ from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, buil
 from detkit.nas.cost import cost_table
 from detkit.nas.split import SearchSplit
 from detkit.ops import backend
+from detkit.scoring import score_file, with_fixes
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
@@ -658,17 +658,14 @@ def evaluate(
     if detections is not None:
         if fold:
             raise ConfigError("--fold: must go with a checkpoint, got a results file alone")
-        config = configs.resolve(overrides)
-        dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
-        truth = dataset.truth()
-        scores = score(
-            truth,
-            load_results(detections),
+        return score_file(
+            detections,
+            data=data,
+            split=split,
+            overrides=overrides,
             analysis=analysis,
             metric=metric,
-            source=str(detections),
         )
-        return with_fixes(scores, dataset)
     if checkpoint is None:
         raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")
     results, dataset = detect_split(
@@ -837,13 +834,6 @@ def _verify(
     agreement = verify.compare(content, loaded.model, config, batches, size)
     agreement.check()
     return asdict(agreement)
-
-
-def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
-    """``scores`` with what was repaired or left out while the data set was read."""
-    found = sorted(dataset.report.counts.items())
-    lines = [f"{rule}: {count} while reading the data set" for rule, count in found]
-    return scores | {"normalised": lines + scores["normalised"]}
 
 
 def detect_images(

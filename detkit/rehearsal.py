@@ -24,7 +24,7 @@ from detkit.data import ClassificationDataset, eval_batches, steps_per_epoch
 from detkit.data.statistics import statistics
 from detkit.engine import distributed
 from detkit.engine.classification import top1
-from detkit.engine.evaluate import detect_dataset
+from detkit.engine.detections import detect_dataset
 from detkit.engine.progress import StepInfo
 from detkit.engine.rehearsal import Rehearsal, rehearse
 from detkit.engine.schedule import main_points
