@@ -129,7 +129,8 @@ def fused_fits(input: Tensor, group_in: int) -> bool:
     float32 only where torch's own convolutions may round it to TF32 as well.
     """
     dtype = _autocast_dtype() or input.dtype
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    tf32 = conv.fp32_precision == "tf32"
     dtypes = {torch.float16, torch.bfloat16} | ({torch.float32} if tf32 else set())
     return (
         input.is_cuda

@@ -79,7 +79,7 @@ def dilated_conv2d(
     if tuning.fused_fits(input, weight.shape[1]):
         names.append(tuning.FUSED)
     ways: dict[str, tuning.Way] = {
-        name: lambda *tensors, algorithm=tuning.ALGORITHMS[name]: native(  # type: ignore[misc]
+        name: lambda *tensors, algorithm=tuning.ALGORITHMS[name]: native(
             *tensors, *settings, algorithm, relu
         )
         for name in names

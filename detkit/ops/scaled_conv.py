@@ -73,7 +73,7 @@ def scaled_conv2d(
         output: Tensor = run(input, weight, scales, bias, strides, groups, columns, relu)
         return output
     ways: dict[str, tuning.Way] = {
-        name: lambda *tensors, algorithm=tuning.ALGORITHMS[name]: run(  # type: ignore[misc]
+        name: lambda *tensors, algorithm=tuning.ALGORITHMS[name]: run(
             *tensors, strides, groups, algorithm, relu
         )
         for name in (tuning.COLUMNS, tuning.FUSED)

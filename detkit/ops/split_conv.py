@@ -71,7 +71,7 @@ def split_conv2d(
     if tuning.fused_fits(input, weights[0].shape[1]):
         names.append(tuning.FUSED)
     ways: dict[str, tuning.Way] = {
-        name: lambda x, b, *parts, algorithm=tuning.ALGORITHMS[name]: native(  # type: ignore[misc]
+        name: lambda x, b, *parts, algorithm=tuning.ALGORITHMS[name]: native(
             x, list(parts), b, *settings, algorithm, relu
         )
         for name in names
