@@ -59,14 +59,13 @@ def _parts(table: Table, width: int) -> list[Table]:
 def _packed(columns: Sequence[int], needs: Sequence[int], room: int, most: int) -> list[list[int]]:
     """Columns in order, in groups that fit ``room`` and have at most ``most``."""
     groups: list[list[int]] = []
+    left = 0
     for i in columns:
-        if (
-            not groups
-            or len(groups[-1]) == most
-            or sum(needs[j] for j in groups[-1]) + needs[i] > room
-        ):
+        if not groups or len(groups[-1]) == most or needs[i] > left:
             groups.append([])
+            left = room
         groups[-1].append(i)
+        left -= needs[i]
     return groups
 
 

@@ -55,7 +55,7 @@ def check(path: str, split: str | None = None, config: DataConfig | None = None)
 
     Args:
         path: Folder, annotation file, or ``synthetic``.
-        split: One split; None checks all that the set has, but those whose images are all in others.
+        split: One split; None checks all, but those whose images are all in others.
         config: Pixel limit and image folder; the defaults without.
 
     Raises:
