@@ -447,10 +447,15 @@ struct ChannelBlocks {
   }
 };
 
+// Our own kernel multiplies so many rows at once, 0 where it runs not.
+int64_t panel_rows() { return offset_gemms()->cols > 0 ? offset_gemms()->rows : 0; }
+
+int64_t panel_count(int64_t rows) { return panel_rows() == 0 ? 0 : ceil_div(rows, panel_rows()); }
+
 // The memory of one thread of the backward road.
 template <typename T>
 struct BackwardScratch {
-  Scratch<T> columns, product, grad, weight;
+  Scratch<T> columns, product, grad, weight, panels;
   Scratch<compute_t<T>> lines, sums;
 
   BackwardScratch(const Road<T>& road, const Tiling& tiling, int64_t taps)
@@ -458,6 +463,7 @@ struct BackwardScratch {
         product(road.shape.group_out * taps),
         grad(road.small() ? road.shape.group_out * tiling.tile_pixels : 0),
         weight(road.small() ? road.shape.group_out * taps : 0),
+        panels(panel_count(taps) * panel_rows() * road.shape.group_out),
         lines(std::max(2 * road.line_size, tiling.tile_pixels)),
         sums(road.shape.group_out * taps) {}
 };
@@ -474,6 +480,7 @@ struct BackwardRoad : Road<T> {
   // One task: all pixels of all samples, for input channels [c0, c1) of a group.
   void run(int64_t group, int64_t c0, int64_t c1, const Tiling& tiling,
            const BackwardScratch<T>& scratch, double* scales) const {
+    if (in_panels()) pack_panels(group, c0, c1, scratch);
     for (int64_t space = 0; space < tiling.spaces; ++space) {
       for (int64_t tile = 0; tile < tiling.tiles; ++tile) {
         const int64_t begin = tiling.begin(tile), end = tiling.end(tile);
@@ -503,12 +510,58 @@ struct BackwardRoad : Road<T> {
     return {copy, g.rows, g.cols, g.cols, 1};
   }
 
+  // Whether our own kernel multiplies with the weights: it needs pixels side by side.
+  bool in_panels() const {
+    return std::is_same_v<T, float> && panel_rows() > 0 && !joined && !this->small();
+  }
+
+  // W^T in panels (outputs, rows) of as many rows as the kernel takes.
+  void pack_panels(int64_t group, int64_t c0, int64_t c1, const BackwardScratch<T>& scratch) const {
+    const int64_t depth = shape.group_in * kernel, taps = (c1 - c0) * kernel, rows = panel_rows();
+    const T* w = weight + group * shape.group_out * depth + c0 * kernel;
+    T* to = scratch.panels.get();
+    for (int64_t t0 = 0; t0 < taps; t0 += rows) {
+      for (int64_t o = 0; o < shape.group_out; ++o, to += rows) {
+        std::copy(w + o * depth + t0, w + o * depth + std::min(t0 + rows, taps), to);
+      }
+    }
+  }
+
+  // columns = W^T g, panel by panel over pixels that stay in a near cache.
+  void multiply_panels(const Matrix<T>& g, int64_t taps, const BackwardScratch<T>& scratch) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const OffsetGemm& own = *offset_gemms();
+      std::vector<int64_t> a_at(g.rows), b_at(g.rows);
+      for (int64_t o = 0; o < g.rows; ++o) {
+        a_at[o] = o * own.rows;
+        b_at[o] = o * g.row_stride;
+      }
+      for (int64_t at = 0; at < g.cols; at += own.cols) {
+        for (int64_t t = 0; t < taps; t += own.rows) {
+          own.multiply({.rows = std::min(own.rows, taps - t),
+                        .cols = std::min(own.cols, g.cols - at),
+                        .depth = g.rows,
+                        .a = scratch.panels.get() + t * g.rows,
+                        .a_row = 1,
+                        .a_at = a_at.data(),
+                        .b = g.data + at,
+                        .b_at = b_at.data(),
+                        .out = scratch.columns.get() + t * g.cols + at,
+                        .out_row = g.cols,
+                        .bias = nullptr,
+                        .add = false});
+        }
+      }
+    }
+  }
+
   // columns = W^T g
   void multiply_weight(const Matrix<T>& g, int64_t group, int64_t c0, int64_t c1,
                        const BackwardScratch<T>& scratch) const {
     const int64_t depth = shape.group_in * kernel, taps = (c1 - c0) * kernel;
     const T* w = weight + group * shape.group_out * depth + c0 * kernel;
     T* columns = scratch.columns.get();
+    if (in_panels()) return multiply_panels(g, taps, scratch);
     if (!this->small()) {
       gemm<T>({w, taps, g.rows, 1, depth}, g, {columns, taps, g.cols, g.cols, 1});
       return;
