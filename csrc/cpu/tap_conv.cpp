@@ -1,9 +1,9 @@
 #include "cpu/tap_conv.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
+#include <type_traits>
 
+#include "cpu/channel_blocks.h"
 #include "cpu/offset_gemm_kernel.h"
 #include "cpu/tap_conv_kernel.h"
 
@@ -22,24 +22,10 @@ constexpr int64_t kSmallProduct = 512;
 // Pixels of a tile of the blocked road at most, and outputs of a part there at least.
 constexpr int64_t kTilePixels = 528;
 constexpr int64_t kFewOutputs = 32;
+// Taps turned at once.
+constexpr int kTurned = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Uninitialised, cache-line aligned memory of one thread.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size)
-      : data_(static_cast<T*>(::operator new(
-            sizeof(T) * static_cast<size_t>(std::max<int64_t>(size, 1)), std::align_val_t(64)))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 template <typename T>
 constexpr ScalarType scalar_type_of() {
@@ -452,10 +438,13 @@ int64_t panel_rows() { return offset_gemms()->cols > 0 ? offset_gemms()->rows : 
 
 int64_t panel_count(int64_t rows) { return panel_rows() == 0 ? 0 : ceil_div(rows, panel_rows()); }
 
+// Columns turned to rows of pixels lie so far apart.
+int64_t turned_step(int64_t taps) { return ceil_div(taps, kTurned) * kTurned; }
+
 // The memory of one thread of the backward road.
 template <typename T>
 struct BackwardScratch {
-  Scratch<T> columns, product, grad, weight, panels;
+  Scratch<T> columns, product, grad, weight, panels, turned;
   Scratch<compute_t<T>> lines, sums;
 
   BackwardScratch(const Road<T>& road, const Tiling& tiling, int64_t taps)
@@ -464,6 +453,7 @@ struct BackwardScratch {
         grad(road.small() ? road.shape.group_out * tiling.tile_pixels : 0),
         weight(road.small() ? road.shape.group_out * taps : 0),
         panels(panel_count(taps) * panel_rows() * road.shape.group_out),
+        turned(panel_rows() > 0 ? tiling.tile_pixels * turned_step(taps) : 0),
         lines(std::max(2 * road.line_size, tiling.tile_pixels)),
         sums(road.shape.group_out * taps) {}
 };
@@ -595,13 +585,50 @@ struct BackwardRoad : Road<T> {
         });
   }
 
+  // sums += g columns^T, from columns turned so that the kernel finds the taps of a pixel side by
+  // side, over pixels that stay in a near cache.
+  void multiply_turned(const Matrix<T>& g, int64_t taps, const BackwardScratch<T>& scratch) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const OffsetGemm& own = *offset_gemms();
+      const int64_t step = turned_step(taps);
+      for (int64_t t = 0; t < taps; t += kTurned) {
+        to_lanes<T, T, kTurned>(scratch.columns.get() + t * g.cols, g.cols,
+                                std::min<int64_t>(kTurned, taps - t), g.cols,
+                                scratch.turned.get() + t, step);
+      }
+      std::vector<int64_t> a_at(own.depth), b_at(own.depth);
+      for (int64_t k = 0; k < own.depth; ++k) {
+        a_at[k] = k;
+        b_at[k] = k * step;
+      }
+      for (int64_t at = 0; at < g.cols; at += own.depth) {
+        for (int64_t o = 0; o < g.rows; o += own.rows) {
+          own.multiply({.rows = std::min(own.rows, g.rows - o),
+                        .cols = taps,
+                        .depth = std::min(own.depth, g.cols - at),
+                        .a = g.data + o * g.row_stride + at,
+                        .a_row = g.row_stride,
+                        .a_at = a_at.data(),
+                        .b = scratch.turned.get() + at * step,
+                        .b_at = b_at.data(),
+                        .out = scratch.sums.get() + o * taps,
+                        .out_row = taps,
+                        .bias = nullptr,
+                        .add = true});
+        }
+      }
+    }
+  }
+
   // grad_weight += g columns^T
   void add_weight_grad(const Matrix<T>& g, int64_t group, int64_t c0, int64_t c1,
                        const BackwardScratch<T>& scratch) const {
     const int64_t depth = shape.group_in * kernel, taps = (c1 - c0) * kernel;
     A* sums = scratch.sums.get();
     std::fill(sums, sums + g.rows * taps, A(0));
-    if (this->small()) {
+    if (in_panels()) {
+      multiply_turned(g, taps, scratch);
+    } else if (this->small()) {
       small_gemm_transposed<T>(g.rows, taps, g.cols, g.data, scratch.columns.get(), g.cols, sums);
     } else {
       T* product = scratch.product.get();
