@@ -64,11 +64,11 @@ def dilated_conv2d(
     for axis, name in enumerate(("height", "width")):
         size = input.shape[2 + axis] + 2 * paddings[axis]
         span = dilations[axis] * (weight.shape[2 + axis] - 1) + 1
-        rules.require(
-            size >= span, _OP, f"padded {name} must be at least the kernel's span {span}", size
-        )
+        if size < span:
+            must = f"padded {name} must be at least the kernel's span {span}"
+            rules.require(False, _OP, must, size)
     settings = strides, paddings, dilations, groups
-    if not use_native(_OP, input):
+    if not use_native(_OP, input) or _kernel_is_torch(input, weight, dilations):
         return reference.dilated_conv2d(input, weight, bias, *settings, relu)
     native = torch.ops.detkit.dilated_conv2d
     if not tuning.may_choose(input):
@@ -86,6 +86,26 @@ def dilated_conv2d(
     }
     ways[tuning.VENDOR] = lambda x, w, b: reference.dilated_conv2d(x, w, b, *settings, relu)
     return tuning.run_fastest(_OP, (input, weight, bias), str((*settings, relu)), ways)
+
+
+def _kernel_is_torch(input: Tensor, weight: Tensor, dilations: list[int]) -> bool:
+    """Whether the CPU kernel would only call torch's convolution as the reference does, which is
+    then quicker to call from here: without gradients, on planes, with columns not so far apart
+    that the kernel knows better (csrc/cpu/library_conv.cpp).
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(input) in (Tensor, torch.nn.Parameter)  # no fake or traced tensor
+        and input.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and input.dtype in (torch.float32, torch.bfloat16)
+        and input.dtype == weight.dtype
+        and not torch.is_autocast_enabled("cpu")
+        and dilations[1] < 7
+        and input.numel() > 0
+        and input.is_contiguous()
+        and weight.is_contiguous()
+    )
 
 
 def _named_padding(

@@ -4,6 +4,7 @@ section 3.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,10 +108,11 @@ def _require_finite(scales: Tensor, native: bool) -> None:
     if torch.compiler.is_compiling():
         if not native:
             torch._assert_async(scales.isfinite().all(), f"{_OP}: scales must be finite")
-    elif not scales.isfinite().all():
-        sample = int((~scales.isfinite()).any(1).nonzero()[0])
-        got = f"{scales[sample].tolist()} of sample {sample}"
-        raise NonFiniteValueError(f"{_OP}: scales must be finite, got {got}")
+        return
+    for sample, pair in enumerate(scales.tolist()):
+        if not all(map(math.isfinite, pair)):
+            got = f"{pair} of sample {sample}"
+            raise NonFiniteValueError(f"{_OP}: scales must be finite, got {got}")
 
 
 def _fake(
