@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from detkit.cli.options import Common, common_options, emit
+from detkit.cli.options import Common, common_options, emit, form_of, form_options
 from detkit.errors import ConfigError
 
 _COCO_TREE = """annotations/instances_train2017.json
@@ -65,6 +65,7 @@ log = logging.getLogger("detkit")
     show_default=True,
     help="COCO's metrics, or VOC mAP by 11 points (voc07) or by area (voc12).",
 )
+@form_options
 @common_options("--workers", "--on-bad-image")
 def command(
     common: Common,
@@ -85,6 +86,7 @@ def command(
       detkit eval
       detkit eval runs/finetune/.../best.pth --data cells --json
       detkit eval best.pth --coco /sets/coco --analysis
+      detkit eval best.pth --data cells --fast --bf16
       detkit eval --detections results.json --data cells --metric voc07
       detkit eval --compare runs/finetune/one runs/finetune/other --data cells
     """
@@ -176,6 +178,7 @@ def _evaluate(
     from detkit import api
     from detkit.cli.progress import image_progress
 
+    form = api.Form(**form_of(options))
     with image_progress() as show:
         return api.evaluate(
             checkpoint,
@@ -184,6 +187,7 @@ def _evaluate(
             overrides=overrides,
             device=common.device,
             on_image=show,
+            form=form,
             **options,
         )
 
@@ -194,6 +198,7 @@ def _refuse_beside_compare(checkpoint: Path | None, options: dict[str, Any]) -> 
         "--detections": options["detections"],
         "--save-detections": options["save_detections"],
         f"--metric {options['metric']}": options["metric"] != "coco",
+        "--fast, --bf16, --compile and --cuda-graph": any(form_of(options).values()),
     }
     for name, value in given.items():
         if value:

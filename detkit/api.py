@@ -30,6 +30,7 @@ from detkit.data import (
     steps_per_epoch,
     train_batches,
 )
+from detkit.deploy import Form as Form
 from detkit.deploy.fold import fold as fold_norms
 from detkit.deploy.metadata import describe
 from detkit.engine import checkpoint as checkpoints
@@ -49,6 +50,7 @@ from detkit.loading import (
     check_scales,
     check_supernet,
     fixed_layers,
+    in_form,
     net_of,
     starting_model,
 )
@@ -70,6 +72,8 @@ VOC_METRICS = ("voc07", "voc12")
 MASK_METRICS = tuple(f"segm_{name}" for name in NUMBERS)
 COCO_CLASSES = 80
 VERIFY_IMAGES = 20
+EXACT = Form()
+"""Detectors as they are."""
 _SHAPE_TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask", "scales")
 _METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS, *MASK_METRICS)}
 
@@ -631,6 +635,7 @@ def evaluate(
     metric: str = "coco",
     device: str = "auto",
     fold: bool = False,
+    form: Form = EXACT,
     save_detections: str | Path | None = None,
     on_image: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -646,6 +651,7 @@ def evaluate(
         metric: ``coco``, ``voc07`` or ``voc12``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         fold: score the detector with its batch norms folded into its convolutions.
+        form: in which form the detector runs.
         save_detections: also write the detections as a COCO results file.
         on_image: called with (images done, images in all).
 
@@ -658,6 +664,11 @@ def evaluate(
     if detections is not None:
         if fold:
             raise ConfigError("--fold: must go with a checkpoint, got a results file alone")
+        if form != EXACT:
+            raise ConfigError(
+                "--fast, --bf16, --compile, --cuda-graph: must go with a checkpoint, got a results "
+                "file alone"
+            )
         config = configs.resolve(overrides)
         dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
         truth = dataset.truth()
@@ -678,6 +689,7 @@ def evaluate(
         overrides=overrides,
         device=device,
         fold=fold,
+        form=form,
         on_image=on_image,
     )
     if save_detections is not None:
@@ -694,6 +706,7 @@ def detect_split(
     overrides: Iterable[Mapping[str, Any]] = (),
     device: str = "auto",
     fold: bool = False,
+    form: Form = EXACT,
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
@@ -701,6 +714,7 @@ def detect_split(
     prediction.require_detector(loaded.kind, str(checkpoint))
     if fold:
         loaded = replace(loaded, model=fold_norms(loaded.model))
+    loaded = in_form(loaded, form)
     config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
     return detect_images(loaded, dataset, on_image), dataset
@@ -715,6 +729,7 @@ def predict(
     batch_size: int = 1,
     device: str = "auto",
     overrides: Iterable[Mapping[str, Any]] = (),
+    form: Form = EXACT,
     on_image: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Detect objects in image files: a drawn picture of each, and all detections as COCO results.
@@ -729,6 +744,7 @@ def predict(
         batch_size: images at once.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         overrides: layers of settings on top of the checkpoint's.
+        form: in which form the detector runs.
         on_image: called with (images done, images in all).
 
     Returns:
@@ -745,6 +761,8 @@ def predict(
     names = [images] if isinstance(images, str | Path) else list(images)
     folder = Path(out) if out else Path("runs/predict") / time.strftime("%Y%m%d-%H%M%S")
     loaded = load(checkpoint, device, overrides)
+    prediction.require_detector(loaded.kind, str(checkpoint))
+    loaded = in_form(loaded, form)
     return prediction.predict_folder(
         loaded,
         str(checkpoint),
