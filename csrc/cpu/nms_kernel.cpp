@@ -159,8 +159,9 @@ void keep_within_classes(const Group<T>& all, const std::vector<int32_t>& order,
 }  // namespace
 
 template <class T, class Score>
-int64_t nms(const T* boxes, const Score* scores, const int64_t* classes, int64_t n,
-            double threshold, int64_t* kept) {
+std::vector<int64_t> nms(const T* boxes, const Score* scores, const int64_t* classes, int64_t n,
+                         double threshold) {
+  if (n == 0) return {};
   const std::vector<int32_t> order = order_by_score(scores, n);
   std::vector<char> survives(n);  // by rank
   const Group<T> all{boxes, order.data(), n, threshold, survives.data()};
@@ -170,17 +171,20 @@ int64_t nms(const T* boxes, const Score* scores, const int64_t* classes, int64_t
   } else {
     keep_within_classes(all, order, classes, list);
   }
+  std::vector<int64_t> kept(n);
   int64_t count = 0;
   for (int64_t rank = 0; rank < n; ++rank) {  // no branch: it would be a coin's toss
     kept[count] = order[rank];
     count += survives[rank];
   }
-  return count;
+  kept.resize(count);
+  return kept;
 }
 
-template int64_t nms(const float*, const float*, const int64_t*, int64_t, double, int64_t*);
-template int64_t nms(const float*, const double*, const int64_t*, int64_t, double, int64_t*);
-template int64_t nms(const double*, const float*, const int64_t*, int64_t, double, int64_t*);
-template int64_t nms(const double*, const double*, const int64_t*, int64_t, double, int64_t*);
+using Indices = std::vector<int64_t>;
+template Indices nms(const float*, const float*, const int64_t*, int64_t, double);
+template Indices nms(const float*, const double*, const int64_t*, int64_t, double);
+template Indices nms(const double*, const float*, const int64_t*, int64_t, double);
+template Indices nms(const double*, const double*, const int64_t*, int64_t, double);
 
 }  // namespace detkit::cpu

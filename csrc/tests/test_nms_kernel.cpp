@@ -20,11 +20,9 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 template <class T>
 std::vector<int64_t> nms(const std::vector<T>& boxes, const std::vector<T>& scores,
                          double threshold, const std::vector<int64_t>& classes = {}) {
-  std::vector<int64_t> keep(scores.size());
   const int64_t* class_data = classes.empty() ? nullptr : classes.data();
-  keep.resize(detkit::cpu::nms(boxes.data(), scores.data(), class_data, int64_t(scores.size()),
-                               threshold, keep.data()));
-  return keep;
+  return detkit::cpu::nms(boxes.data(), scores.data(), class_data, int64_t(scores.size()),
+                          threshold);
 }
 
 // The definition: every pair, in order of score.
