@@ -88,8 +88,6 @@ def command(
       detkit eval --detections results.json --data cells --metric voc07
       detkit eval --compare runs/finetune/one runs/finetune/other --data cells
     """
-    from detkit import api
-
     if resamples is not None and compare is None:
         raise ConfigError("--resamples: must go with --compare, got it alone")
     if picture is not None:
@@ -112,6 +110,8 @@ def command(
         _compare(common, compare, overrides, place | draws, picture)
         return
     if checkpoint is None and options["detections"] is None:
+        from detkit import api
+
         checkpoint = Path(str(api.newest_checkpoint("finetune")))
         log.info("using %s", checkpoint)
     if common.dry_run:
@@ -173,6 +173,13 @@ def _evaluate(
     overrides: list[Mapping[str, Any]],
     options: dict[str, Any],
 ) -> dict[str, Any]:
+    detections = options["detections"]
+    if detections is not None and not options["fold"]:  # without torch: `api` refuses --fold
+        from detkit.scoring import score_file
+
+        place: dict[str, Any] = {"data": path, "split": split, "overrides": overrides}
+        what = {key: options[key] for key in ("analysis", "metric")}
+        return score_file(detections, **place, **what)
     from detkit import api
     from detkit.cli.progress import image_progress
 

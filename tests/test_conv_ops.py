@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from detkit import ops
+from detkit.ops import _library
 from detkit.ops.reference import conv as reference
 
 F64 = torch.float64
@@ -247,13 +248,13 @@ def test_split_equals_cat_of_conv2d(device: str, name: str, size: tuple[int, int
 # --- layouts, dtypes, NaN ------------------------------------------------------------------------
 
 
-def called(op: str, x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+def called(op: str, x: Tensor, w: Tensor, scales: Tensor, relu: bool = False) -> Tensor:
     """One of the three operators on common inputs, w (O, C, 3, 3)."""
     if op == "dilated":
-        return ops.dilated_conv2d(x, w, None, 1, 2, 2)
+        return ops.dilated_conv2d(x, w, None, 1, 2, 2, relu=relu)
     if op == "split":
-        return ops.split_conv2d(x, [w[:4], w[4:]], None, [(1, 2), (2, 3)])
-    return ops.scaled_conv2d(x, w, scales)
+        return ops.split_conv2d(x, [w[:4], w[4:]], None, [(1, 2), (2, 3)], relu=relu)
+    return ops.scaled_conv2d(x, w, scales, relu=relu)
 
 
 OPERATORS = ("dilated", "scaled", "split")
@@ -280,6 +281,28 @@ def test_output_and_gradient_follow_the_layout(device: str, op: str) -> None:
         assert grad.is_contiguous(memory_format=format)
         frozen = called(op, x, w.detach(), scales.detach())
         assert_close(torch.autograd.grad(frozen.sum(), x)[0], grad, 1e-12)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_relu_is_that_of_torch(device: str, op: str, channels_last: bool) -> None:
+    """Values, all gradients and the reference; a NaN stays."""
+    x = rand(2, 6, 9, 8, device=device)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    w, scales = rand(8, 6, 3, 3, device=device), scale_tensor((1.3, 0.6), (2.2, 1.0)).to(device)
+    inputs = [x, w, scales][: 3 if op == "scaled" else 2]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    y, expected = called(op, x, w, scales, relu=True), called(op, x, w, scales).relu()
+    assert torch.equal(y, expected) and (y == 0).any()
+    for ours, right in zip(gradients(y, inputs), gradients(expected, inputs), strict=True):
+        assert_close(ours, right, 1e-12)
+    with _library.reference_only():
+        assert_close(called(op, x, w, scales, relu=True), expected, 1e-10)
+    spoilt = x.detach().clone()
+    spoilt[0, 0, 4, 4] = torch.nan
+    assert called(op, spoilt, w.detach(), scales.detach(), relu=True)[0, 0].isnan().any()
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -697,6 +720,12 @@ def test_opcheck(device: str, dtype: torch.dtype, channels_last: bool) -> None:
         torch.library.opcheck(native.scaled_conv2d.default, (x, w, scales, bias, [1, 2], 2))
         torch.library.opcheck(
             native.split_conv2d.default, (x, parts, bias, [1, 2, 0, 3], [2, 2], 2)
+        )
+        relu = (0, True)  # by columns
+        torch.library.opcheck(native.dilated_conv2d.default, (*dilated, *relu))
+        torch.library.opcheck(native.scaled_conv2d.default, (x, w, scales, bias, [1, 2], 2, *relu))
+        torch.library.opcheck(
+            native.split_conv2d.default, (x, parts, bias, [1, 2, 0, 3], [2, 2], 2, *relu)
         )
 
 

@@ -88,11 +88,11 @@ std::tuple<Tensor, std::vector<Tensor>> library_backward(const std::vector<Split
 
 Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
                     const std::optional<Tensor>& bias, const Ints& dilations, const Ints& stride,
-                    int64_t groups, int64_t algorithm) {
+                    int64_t groups, int64_t algorithm, bool relu) {
   check_algorithm("split_conv2d", algorithm, false);
   const auto parts = split_parts(input, weights, bias, dilations, stride, groups);
   if (whole_inputs(parts, input) && library_runs_all_forward(parts, input)) {
-    return library_forward(parts, input, weights, bias);
+    return activated(library_forward(parts, input, weights, bias), relu);
   }
   const RoadMap output = make_output(input, parts[0].shape);
   const Tensor x = prepared(input);
@@ -102,7 +102,7 @@ Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
     tap_forward(shape, whole_taps(shape, parts[i].taps), x, prepared(weights[i]),
                 outputs_of(shape, b), output);
   }
-  return finish(output);
+  return activated(finish(output), relu);
 }
 
 std::tuple<Tensor, std::vector<Tensor>> split_conv2d_backward(
