@@ -973,3 +973,47 @@ def test_cutting_the_work_changes_no_bit(stride: int, scale: tuple[float, float]
     torch.testing.assert_close(split[0].double(), expected, rtol=0, atol=1e-4)
     for results in (sampled, split):
         assert all(torch.equal(results[0], other) for other in results)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_far_taps_on_large_maps(format: torch.memory_format) -> None:
+    """Work enough to lay maps out anew; channels and pixels are no multiples of what is moved at
+    once."""
+    x = rand(2, 80, 40, 37).float().contiguous(memory_format=format).requires_grad_()
+    w = rand(40, 80, 3, 3, dtype=torch.float32, grad=True)
+    y = ops.dilated_conv2d(x, w, padding=9, dilation=9)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    expected = F.conv2d(*wide, padding=9, dilation=9)
+    upstream = torch.randn_like(y)
+    assert_close(y, expected, 1e-5)
+    found = torch.autograd.grad(y, [x, w], upstream)
+    for a, b in zip(found, torch.autograd.grad(expected, wide, upstream.double()), strict=True):
+        assert_close(a, b, 1e-5)
+    assert y.is_contiguous(memory_format=format)
+    assert found[0].is_contiguous(memory_format=format)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_threads_share_the_outputs_of_a_split_convolution(
+    threads: Callable[[int], None], format: torch.memory_format, count: int
+) -> None:
+    """Their shares do not end where parts do, and leave the gradients' history alone."""
+    threads(count)
+    x = rand(1, 32, 40, 37).float().contiguous(memory_format=format).requires_grad_()
+    parts = [rand(outs, 32, 3, 3, dtype=torch.float32, grad=True) for outs in (33, 71)]
+    bias = rand(104, dtype=torch.float32)
+    y = ops.split_conv2d(x, parts, bias, [(1, 2), (3, 9)])
+    wide = [t.detach().double().requires_grad_() for t in (x, *parts)]
+    expected = torch.cat(
+        [
+            F.conv2d(wide[0], wide[1], bias[:33].double(), padding=(1, 2), dilation=(1, 2)),
+            F.conv2d(wide[0], wide[2], bias[33:].double(), padding=(3, 9), dilation=(3, 9)),
+        ],
+        1,
+    )
+    assert_close(y, expected, 1e-5)
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *parts], upstream)
+    for a, b in zip(found, torch.autograd.grad(expected, wide, upstream.double()), strict=True):
+        assert_close(a, b, 1e-5)
