@@ -17,7 +17,7 @@ DEPS := $(if $(VENV),$(VENV)/.deps)
 CSRC := $(shell find csrc -type f)
 CMAKE = cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(shell command -v $(RUN)))
 
-.PHONY: setup build test test-gpu kernels peer carry gpu bench fmt lint types check ctest sanitize demo docs nightly clean FORCE
+.PHONY: setup build test test-gpu kernels peer carry gpu gpu-rehearsal bench fmt lint types check ctest sanitize demo docs nightly clean FORCE
 
 setup: $(DEPS)
 build: build/.ext
@@ -69,9 +69,14 @@ peer: $(DEPS)
 carry: $(DEPS)
 	PYTHON=$(RUN) tools/carry.sh
 
-# Everything that needs a GPU: build, tests, benchmarks, a training run.
+# Everything that needs a GPU: build, tests, benchmarks, a training run; with the virtual environment only where it is.
+GPU = env -u MAX_JOBS PYTHON=$(firstword $(wildcard $(VENV:%=%/bin/python)) $(PY)) tools/gpu.sh
 gpu:
-	PYTHON=$(RUN) tools/gpu.sh
+	$(GPU)
+
+# The same script, tiny and on the CPU.
+gpu-rehearsal: build/.ext
+	DEVICE=cpu OUT=build/gpu_rehearsal $(GPU)
 
 bench: build/.ext
 	$(RUN) -m detkit.cli bench ops --save build/bench_ops.json

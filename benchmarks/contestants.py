@@ -44,13 +44,15 @@ def peer_model(tv: Any, classes: int, short: int, long: int) -> Any:
 def padded(images: Tensor) -> Tensor:
     """Sides as multiples of 32, zeros at right and bottom; normalised roughly as photos are."""
     height, width = (-(-side // 32) * 32 for side in images.shape[2:])
-    out = torch.zeros(len(images), 3, height, width)
+    out = images.new_zeros(len(images), 3, height, width)
     out[:, :, : images.shape[2], : images.shape[3]] = (images - 0.45) / 0.225
     return out
 
 
-def rows(title: str, calls: dict[str, Call], seconds: float) -> list[dict[str, Any]]:
-    timings, failures = compare(calls, CPU, seconds)
+def rows(
+    title: str, calls: dict[str, Call], seconds: float, device: torch.device = CPU
+) -> list[dict[str, Any]]:
+    timings, failures = compare(calls, device, seconds)
     if failures:
         raise RuntimeError(f"{title}: {failures}")
     found = []
@@ -78,9 +80,9 @@ def peer() -> Any:
     return tv
 
 
-def facts(tv: Any) -> dict[str, Any]:
+def facts(tv: Any, device: torch.device = CPU) -> dict[str, Any]:
     """Hardware and versions; ask before measuring, for the load then."""
-    return machine() | {"torchvision": tv.__version__}
+    return machine(str(device)) | {"torchvision": tv.__version__}
 
 
 def write(path: Path | None, hardware: dict[str, Any], result: dict[str, Any]) -> None:

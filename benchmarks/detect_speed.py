@@ -4,7 +4,8 @@
 makes it, our Faster R-CNN, and torchvision's. Weights are random, images noise. Contestants run in
 turn in one process; processor time with one thread, time on the wall with more.
 
-    python benchmarks/detect_speed.py [--threads 1] [--seconds 60] [--json FILE]
+    python benchmarks/detect_speed.py [--device cuda] [--small] [--threads 1] [--seconds 60] \
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from contestants import (
+    CPU,
     LARGE,
     PEER,
     SMALL,
@@ -30,16 +32,16 @@ from detkit.bench.timing import Call
 from detkit.deploy import fast
 
 
-def detection_calls(tv: Any) -> dict[str, Call]:
+def detection_calls(tv: Any, size: tuple[int, int], device: torch.device) -> dict[str, Call]:
     """The first is what the others are compared with."""
-    pixels = torch.rand(1, 3, 700, 1100, generator=torch.Generator().manual_seed(0))
-    images, sizes = padded(pixels), torch.tensor([[700, 1100]])
-    plain, large = detector(SMALL, 80).eval(), detector(LARGE, 80).eval()
-    peer = peer_model(tv, 80, 700, 1100).eval()
+    pixels = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    images, sizes = padded(pixels), torch.tensor([size])
+    plain, large = (detector(name, 80).eval().to(device) for name in (SMALL, LARGE))
+    peer = peer_model(tv, 80, *size).eval().to(device)
     quick, large_quick = fast(plain), fast(large)
 
     def bf16(_: int) -> object:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             return quick.detect(images, sizes)  # type: ignore[operator]
 
     return {
@@ -53,13 +55,17 @@ def detection_calls(tv: Any) -> dict[str, Call]:
 
 
 def main() -> None:
-    flags = options(__doc__.splitlines()[0], 60.0).parse_args()
+    parser = options(__doc__.splitlines()[0], 60.0)
+    parser.add_argument("--device", type=torch.device, default=CPU)
+    parser.add_argument("--small", action="store_true", help="96x160, to try the script")
+    flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    tv = peer()
-    hardware = facts(tv)
+    tv, size = peer(), (96, 160) if flags.small else (700, 1100)
+    hardware = facts(tv, flags.device)
     with torch.inference_mode():
-        found = timed("detection", detection_calls(tv), flags.seconds)
-    write(flags.json, hardware, {"rows": found})
+        calls = detection_calls(tv, size, flags.device)
+        found = timed("detection", calls, flags.seconds, flags.device)
+    write(flags.json, hardware, {"size": size, "rows": found})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from detkit.bench.machine import machine
 from detkit.data import eval_batches
 from detkit.data.dataset import DetectionDataset
 from detkit.engine import checkpoint as checkpoints
-from detkit.engine.evaluate import detect_dataset, evaluate
+from detkit.engine.detections import detect_dataset
+from detkit.engine.evaluate import evaluate
 from detkit.fitness import Fitness, Opened, open_supernet
 from detkit.loading import restore
 from detkit.models.backbones.shuffle_supernet import find_supernet

@@ -45,7 +45,8 @@ from detkit.data import eval_batches, train_batches
 from detkit.data.dataset import DetectionDataset
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine.checkpoint import Checkpoint
-from detkit.engine.evaluate import detect_dataset, evaluate
+from detkit.engine.detections import detect_dataset
+from detkit.engine.evaluate import evaluate
 from detkit.fitness import Fitness, Opened, open_supernet
 from detkit.loading import restore
 from detkit.models.backbones.shuffle_supernet import find_supernet

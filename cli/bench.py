@@ -63,12 +63,17 @@ def ops(common: Common, only: str, quick: bool, threads: str, save: Path | None)
         )
     if _only_planned(common, {"only": only, "quick": quick, "threads": _counts(threads)}):
         return
+
+    def on_row(row: Row, so_far: Row) -> None:
+        click.echo(_row_line(row), err=True)
+        _save(save, so_far)  # a run that is stopped leaves the rows it has
+
     result = bench_ops(
         device=str(pick_device(common.device)),
         threads=_counts(threads),
         only=[name for name in only.split(",") if name],
         seconds=0.2 if quick else 1.0,
-        on_row=lambda row: click.echo(_row_line(row), err=True),
+        on_row=on_row,
     )
     _save(save, result)
     emit(common, result, lambda: _show_ops(result))

@@ -165,6 +165,12 @@ def _show(report: dict[str, Any]) -> None:
     )
     for rule, what in report["rules"].items():
         click.echo(f"{rule}: {what}")
+    _show_unions(report["unions"])
+
+
+def _show_unions(names: list[str]) -> None:
+    for name in names:
+        click.echo(f"not shown: {name}, whose images are all in the others; give --split {name}")
 
 
 @command.command("show")
@@ -198,16 +204,18 @@ def show_command(
     if sheet is not None and common.out is not None:
         raise ConfigError("-o: must stand without --out, got both")
     target = common.out / "sheet.png" if common.out is not None else sheet
-    from detkit.data.open import layout, open_classification, open_detection, splits
+    from detkit.data.open import layout, open_classification, open_detection, splits, unions
     from detkit.data.statistics import statistics
 
     config = _data(common, images)
     kind = layout(path)
     opened = open_classification if kind == "folder" else open_detection
-    names = [split] if split is not None else splits(path)
+    left_out = unions(path) if split is None else []
+    names = [split] if split is not None else [n for n in splits(path) if n not in left_out]
     sets = {name: opened(path, name, config) for name in names}
     found = {name: statistics(dataset) for name, dataset in sets.items()}
     result: dict[str, Any] = {"path": path, "layout": kind, "splits": found, "sheet": None}
+    result["unions"] = left_out
     if target is not None and not common.dry_run:
         result["sheet"] = _draw(next(iter(sets.values())), target, count, common.seed)
     emit(common, result, lambda: _show_statistics(result))
@@ -246,6 +254,7 @@ def _show_statistics(result: dict[str, Any]) -> None:
             click.echo(f"nothing of {len(missing)} classes: {', '.join(missing)}")
     if "side" in columns:
         click.echo("side: square root of the box's area, least · median · most pixels")
+    _show_unions(result["unions"])
     if result["sheet"]:
         click.echo(f"drawn in {result['sheet']}")
 

@@ -90,8 +90,6 @@ def command(
       detkit eval --detections results.json --data cells --metric voc07
       detkit eval --compare runs/finetune/one runs/finetune/other --data cells
     """
-    from detkit import api
-
     if resamples is not None and compare is None:
         raise ConfigError("--resamples: must go with --compare, got it alone")
     if picture is not None:
@@ -114,6 +112,8 @@ def command(
         _compare(common, compare, overrides, place | draws, picture)
         return
     if checkpoint is None and options["detections"] is None:
+        from detkit import api
+
         checkpoint = Path(str(api.newest_checkpoint("finetune")))
         log.info("using %s", checkpoint)
     if common.dry_run:
@@ -175,10 +175,17 @@ def _evaluate(
     overrides: list[Mapping[str, Any]],
     options: dict[str, Any],
 ) -> dict[str, Any]:
+    detections, form = options["detections"], form_of(options)
+    model_wanted = options["fold"] or any(form.values())  # `api` refuses these
+    if detections is not None and not model_wanted:  # without torch
+        from detkit.scoring import score_file
+
+        place: dict[str, Any] = {"data": path, "split": split, "overrides": overrides}
+        what = {key: options[key] for key in ("analysis", "metric")}
+        return score_file(detections, **place, **what)
     from detkit import api
     from detkit.cli.progress import image_progress
 
-    form = api.Form(**form_of(options))
     with image_progress() as show:
         return api.evaluate(
             checkpoint,
@@ -187,7 +194,7 @@ def _evaluate(
             overrides=overrides,
             device=common.device,
             on_image=show,
-            form=form,
+            form=api.Form(**form),
             **options,
         )
 

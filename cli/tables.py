@@ -30,7 +30,9 @@ def print_table(table: Table) -> None:
 
 
 def _parts(table: Table, width: int) -> list[Table]:
-    """The table, or tables of as many columns as fit, each beginning with the names of the rows."""
+    """The table, or tables whose columns fit, about as many in each: twelve metrics come as AP and
+    AR. Each begins with the names of the rows.
+    """
     if table.box is None:
         return [table]  # its last column wraps
     names = [str(column.header) for column in table.columns]
@@ -38,16 +40,11 @@ def _parts(table: Table, width: int) -> list[Table]:
     needs = [max(map(cell_len, [name, *c])) + 3 for name, c in zip(names, cells, strict=True)]
     kept = [0] if table.row_count > 1 else []
     room = width - 1 - sum(needs[i] for i in kept)
-    parts: list[list[int]] = []
-    left = 0
-    for i in range(len(kept), len(names)):
-        if not parts or needs[i] > left:
-            parts.append([*kept])
-            left = room
-        parts[-1].append(i)
-        left -= needs[i]
-    if len(parts) == 1:
+    others = range(len(kept), len(names))
+    count = len(_packed(others, needs, room, len(names)))
+    if count <= 1:
         return [table]
+    parts = [[*kept, *part] for part in _packed(others, needs, room, -(-len(others) // count))]
     rows = list(zip(*cells, strict=True))
     return [
         rows_table(
@@ -57,6 +54,19 @@ def _parts(table: Table, width: int) -> list[Table]:
         )
         for n, part in enumerate(parts)
     ]
+
+
+def _packed(columns: Sequence[int], needs: Sequence[int], room: int, most: int) -> list[list[int]]:
+    """Columns in order, in groups that fit ``room`` and have at most ``most``."""
+    groups: list[list[int]] = []
+    left = 0
+    for i in columns:
+        if not groups or len(groups[-1]) == most or needs[i] > left:
+            groups.append([])
+            left = room
+        groups[-1].append(i)
+        left -= needs[i]
+    return groups
 
 
 def rows_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:

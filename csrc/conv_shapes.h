@@ -24,7 +24,8 @@ struct ConvShape {
 
   int64_t pixels() const { return out_height * out_width; }
   int64_t kernel() const { return kernel_h * kernel_w; }
-  bool empty() const { return batch * pixels() * groups * group_in * group_out * kernel() == 0; }
+  int64_t products() const { return batch * pixels() * groups * group_in * group_out * kernel(); }
+  bool empty() const { return products() == 0; }
 };
 
 // Channels side by side in memory, and not contiguous as well: outputs and gradients are then too.

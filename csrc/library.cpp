@@ -29,10 +29,11 @@ STABLE_TORCH_LIBRARY(detkit, m) {
       "SymInt batch, SymInt channels, SymInt height, SymInt width, bool deterministic=False) "
       "-> Tensor");
 
-  // The convolutions' algorithm: 0 columns, 1 fused (csrc/conv_shapes.h).
+  // The convolutions' algorithm: 0 columns, 1 fused (csrc/conv_shapes.h). `relu`: outputs below 0
+  // are 0.
   m.def(
       "dilated_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
-      "int[] dilation, int groups, int algorithm=0) -> Tensor");
+      "int[] dilation, int groups, int algorithm=0, bool relu=False) -> Tensor");
   m.def(
       "_dilated_conv2d_backward(Tensor grad, Tensor input, Tensor weight, int[] stride, "
       "int[] padding, int[] dilation, int groups, bool need_input, bool need_weight) "
@@ -40,7 +41,7 @@ STABLE_TORCH_LIBRARY(detkit, m) {
 
   m.def(
       "scaled_conv2d(Tensor input, Tensor weight, Tensor scales, Tensor? bias, int[] stride, "
-      "int groups, int algorithm=0) -> Tensor");
+      "int groups, int algorithm=0, bool relu=False) -> Tensor");
   m.def(
       "_scaled_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor scales, "
       "int[] stride, int groups, bool need_input, bool need_weight, bool need_scales) "
@@ -48,7 +49,7 @@ STABLE_TORCH_LIBRARY(detkit, m) {
 
   m.def(
       "split_conv2d(Tensor input, Tensor[] weights, Tensor? bias, int[] dilations, int[] stride, "
-      "int groups, int algorithm=0) -> Tensor");
+      "int groups, int algorithm=0, bool relu=False) -> Tensor");
   m.def(
       "_split_conv2d_backward(Tensor grad, Tensor input, Tensor[] weights, int[] dilations, "
       "int[] stride, int groups, bool need_input, bool need_weights) -> (Tensor, Tensor[])");

@@ -7,6 +7,8 @@ looked up on first use.
 
 import importlib
 
+from detkit.garbage import no_collection
+
 __version__ = "0.1.0"
 
 _API = {
@@ -21,10 +23,11 @@ __all__ = ["__version__", *_API, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> object:
-    if name in _API:
-        return getattr(importlib.import_module(_API[name]), name)
-    if name in _SUBMODULES:
-        return importlib.import_module(f"detkit.{name}")
+    with no_collection():  # most of it is the import of torch
+        if name in _API:
+            return getattr(importlib.import_module(_API[name]), name)
+        if name in _SUBMODULES:
+            return importlib.import_module(f"detkit.{name}")
     raise AttributeError(f"module 'detkit' has no attribute {name!r}")
 
 

@@ -36,9 +36,8 @@ from detkit.deploy.metadata import describe
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
 from detkit.engine.classification import top1
-from detkit.engine.evaluate import detect_dataset
+from detkit.engine.detections import detect_dataset
 from detkit.engine.evaluate import evaluate as score
-from detkit.engine.results import load_results
 from detkit.engine.run import RunFolder, check_new, create_run, newest_run, same_run
 from detkit.engine.summary import NUMBERS
 from detkit.engine.tensorboard import require_tensorboard
@@ -58,12 +57,13 @@ from detkit.loading import Loaded as Loaded
 from detkit.loading import build as build
 from detkit.loading import load as load
 from detkit.loading import pick_device as pick_device
-from detkit.models.count import count_classifier, count_detector
+from detkit.models.count import count_classifier, count_detector, shapes_only
 from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architecture
 from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
 from detkit.nas.cost import cost_table
 from detkit.nas.split import SearchSplit
 from detkit.ops import backend
+from detkit.scoring import score_file, with_fixes
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
@@ -669,17 +669,14 @@ def evaluate(
                 "--fast, --bf16, --compile, --cuda-graph: must go with a checkpoint, got a results "
                 "file alone"
             )
-        config = configs.resolve(overrides)
-        dataset = open_detection(data or config.data.path, split, config.data, need_images=False)
-        truth = dataset.truth()
-        scores = score(
-            truth,
-            load_results(detections),
+        return score_file(
+            detections,
+            data=data,
+            split=split,
+            overrides=overrides,
             analysis=analysis,
             metric=metric,
-            source=str(detections),
         )
-        return with_fixes(scores, dataset)
     if checkpoint is None:
         raise ConfigError("evaluate: a checkpoint or a results file must be given, got neither")
     results, dataset = detect_split(
@@ -857,13 +854,6 @@ def _verify(
     return asdict(agreement)
 
 
-def with_fixes(scores: dict[str, Any], dataset: Any) -> dict[str, Any]:
-    """``scores`` with what was repaired or left out while the data set was read."""
-    found = sorted(dataset.report.counts.items())
-    lines = [f"{rule}: {count} while reading the data set" for rule, count in found]
-    return scores | {"normalised": lines + scores["normalised"]}
-
-
 def detect_images(
     loaded: Loaded,
     dataset: DetectionDataset,
@@ -981,7 +971,7 @@ def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
 
 
 def _backbone_row(name: str) -> dict[str, Any]:
-    with torch.device("meta"):
+    with shapes_only():
         backbone = build_backbone(name)
     cost = count_classifier(backbone)
     stages = [

@@ -10,12 +10,13 @@ from typing import Any
 
 from detkit import config as configs
 from detkit import foreign
-from detkit.api import detect_split, with_fixes
+from detkit.api import detect_split
 from detkit.data import DetectionDataset, open_detection
 from detkit.engine import compare as bootstrap
 from detkit.engine.results import read_results
 from detkit.engine.run import RunFolder
 from detkit.errors import CheckpointError, ConfigError
+from detkit.scoring import with_fixes
 
 Record = dict[str, Any]
 OnImage = Callable[[int, int], None]

@@ -11,6 +11,7 @@ from typing import Any
 
 from detkit import __version__
 from detkit.errors import DetkitError
+from detkit.garbage import no_collection
 
 OPTIONAL = ("hotcoco", "matplotlib", "onnx", "onnxscript", "onnxruntime", "tensorboard")
 
@@ -44,7 +45,8 @@ def report() -> dict[str, Any]:
 def _import(name: str) -> tuple[ModuleType | None, str]:
     """The module, or None and why not: a broken installation is what this file is for."""
     try:
-        return importlib.import_module(name), ""
+        with no_collection():
+            return importlib.import_module(name), ""
     except (ImportError, DetkitError) as error:
         return None, str(error)
 

@@ -28,7 +28,8 @@ from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
 from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.classification import top1
-from detkit.engine.evaluate import Scorer, detect_dataset
+from detkit.engine.detections import detect_dataset
+from detkit.engine.evaluate import Scorer
 from detkit.engine.run import RunFolder
 from detkit.engine.summary import NUMBERS
 from detkit.errors import CheckpointError, ConfigError, DataError

@@ -39,7 +39,7 @@ from detkit.errors import (
 )
 from detkit.loading import KINDS, build, pick_device, restore
 from detkit.models import build_detector
-from detkit.models.count import macs_by_module
+from detkit.models.count import macs_by_module, shapes_only
 from detkit.models.weights import init_backbone
 from detkit.scales import (
     Plan,
@@ -386,7 +386,7 @@ def _costs(
     """Cost of the plain detector, or with its layers split as ``rows`` say, and the layers' input
     maps; nothing is computed.
     """
-    with torch.device("meta"):
+    with shapes_only():
         model = rebuild(build_detector(config, classes), rows).eval()
         images = torch.empty(1, 3, *image)
     modules = {path: model.get_submodule(path) for path in paths}

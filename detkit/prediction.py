@@ -21,7 +21,7 @@ from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import eval_batches
 from detkit.data.pictures import Picture, find_pictures, open_pictures
 from detkit.engine import rle
-from detkit.engine.evaluate import Record, detect_dataset
+from detkit.engine.detections import Record, detect_dataset
 from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
 from detkit.models.zoo import WITH_MASKS
 from detkit.report.figures import draw_boxes

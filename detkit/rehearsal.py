@@ -24,12 +24,12 @@ from detkit.data import ClassificationDataset, eval_batches, steps_per_epoch
 from detkit.data.statistics import statistics
 from detkit.engine import distributed
 from detkit.engine.classification import top1
-from detkit.engine.evaluate import detect_dataset
+from detkit.engine.detections import detect_dataset
 from detkit.engine.progress import StepInfo
 from detkit.engine.rehearsal import Rehearsal, rehearse
 from detkit.engine.schedule import main_points
 from detkit.loading import build, pick_device
-from detkit.models.count import macs_by_module
+from detkit.models.count import macs_by_module, shapes_only
 from detkit.pod import padded_size
 from detkit.supernet import follow_paths
 
@@ -169,7 +169,7 @@ def _splits(ready: Prepared) -> Record:
 def _model(ready: Prepared) -> Record:
     """Parameters; multiply-adds for one image of the test-time size (of a supernet: one path's)."""
     config, classifier = ready.config, ready.command == "pretrain"
-    with torch.device("meta"):
+    with shapes_only():
         kind = "backbone" if classifier else "detector"
         model: Any = build(config, ready.train_set.categories, kind, ready.layers).eval()
         side = config.data.short_side

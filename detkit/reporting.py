@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from detkit import __version__, foreign
@@ -28,6 +27,7 @@ from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.run import RunFolder, runs
 from detkit.errors import ConfigError, DataError, StorageError
 from detkit.loading import build, fixed_layers, net_of, pick_device, restore
+from detkit.models.count import shapes_only
 from detkit.models.search_space import SearchSpace
 from detkit.nas.candidates import Journal
 from detkit.report.analysis import require_matplotlib
@@ -361,6 +361,6 @@ def _facts(
 
 def _parameters(stored: Checkpoint) -> int:
     config, classes = checkpoints.config_of(stored), len(stored["categories"]["names"])
-    with torch.device("meta"):
+    with shapes_only():
         model = build(config, classes, net_of(stored), fixed_layers(stored))
     return sum(p.numel() for p in model.parameters())

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from detkit.errors import DataError
+
+if TYPE_CHECKING:  # named here, never needed: reading and scoring data sets loads no torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

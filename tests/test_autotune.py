@@ -124,6 +124,42 @@ def test_where_there_is_no_choice(clock: list[str], monkeypatch: pytest.MonkeyPa
     assert not tuning.may_choose(cuda)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "group_in", "tf32", "fits"),
+    [
+        (torch.float16, 8, False, True),
+        (torch.bfloat16, 12, False, False),
+        (torch.float32, 12, True, True),
+        (torch.float32, 12, False, False),
+        (torch.float32, 6, True, False),
+        (torch.float64, 8, True, False),
+    ],
+)
+def test_fused_kernels_round_floats_only_where_torch_may(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, group_in: int, tf32: bool, fits: bool
+) -> None:
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        input = torch.rand(1, group_in, 4, 4, dtype=dtype).as_subclass(OnCuda)
+        assert tuning.fused_fits(input, group_in) == fits
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_way_that_no_longer_fits_is_not_remembered(clock: list[str]) -> None:
+    """As the fused one for floats once TF32 is forbidden."""
+    ops.autotune("all")
+    assert tuning.pick("conv", tensors(), "", WAYS) == "fused"
+    assert tuning.pick("conv", tensors(), "", {k: WAYS[k] for k in ("columns", "vendor")}) == (
+        "vendor"
+    )
+
+
 def test_unknown_mode() -> None:
     with pytest.raises(ConfigError, match="autotune: must be one of off, proven, all, got 'on'"):
         ops.autotune("on")
@@ -175,7 +211,5 @@ def test_every_way_agrees_on_a_gpu(name: str, dtype: torch.dtype, channels_last:
         ops.autotune(mode)
     bound = 8 * max(torch.finfo(dtype).eps, 2**-11) * expected.abs().max()
     assert (output - expected).abs().max() <= bound
-    ways = {"columns"} | ({"vendor"} if name != "scaled" else set())
-    ways |= {"fused"} if dtype != torch.float32 else set()
-    if len(ways) > 1:  # a missing one disagreed, and warned
-        assert set(measured[0].milliseconds) == ways
+    ways = {"columns", "fused"} | ({"vendor"} if name != "scaled" else set())
+    assert set(measured[0].milliseconds) == ways  # a missing one disagreed, and warned

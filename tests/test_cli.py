@@ -130,6 +130,37 @@ def test_road_trains_evaluates_and_scores_its_own_detections(
     assert (code, few["detections"]) == (0, 4)  # settings reach the model too
 
 
+REFUSING_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch is refused")
+
+sys.meta_path.insert(0, Refuse())
+from detkit.cli.main import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("what", [["--analysis"], ["--metric", "voc12"]])
+def test_a_results_file_is_scored_without_torch(
+    there: Path, capsys: pytest.CaptureFixture[str], what: list[str]
+) -> None:
+    """Numbers as a process with torch gives them; `data check` and `show` need none either."""
+    assert call(capsys, "eval", "--data", "shapes", "--save-detections", "own.json")[0] == 0
+    for line in [
+        ["eval", "--data", "shapes", "--detections", "own.json", *what],
+        ["data", "check", "shapes"],
+        ["data", "show", "shapes"],
+    ]:
+        words = [sys.executable, "-c", REFUSING_TORCH, *line, "--json"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        assert (0, json.loads(done.stdout)) == call(capsys, *line)
+
+
 def test_compare_takes_runs_checkpoints_and_results(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

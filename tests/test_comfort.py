@@ -17,6 +17,7 @@ from detkit.cli.main import COMMANDS, run
 from detkit.cli.tables import amount, print_table, rows_table, slim_table
 
 ROOT = Path(__file__).parents[1]
+METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -250,6 +251,26 @@ def test_a_wide_table_comes_in_parts_that_fit(
     assert [w for w in words if w.startswith("AP")] == columns
     assert [w for w in words if w.startswith("0.")] == [f"{i / 1000:.3f}" for i in range(12)]
     assert words.count("disc") == words.count("triangle") > 1
+
+
+@pytest.mark.parametrize("name", ["", "class"])
+def test_twelve_metrics_come_as_six_and_six(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On 80 columns a part of nine and one of three would tear AR apart."""
+    monkeypatch.setenv("COLUMNS", "80")
+    values = [0.5] * 12
+    table = {"": (METRICS, [values]), "class": (["class", *METRICS], [["a", *values]] * 2)}
+    print_table(rows_table("bbox", *table[name]))
+    heads = [line for line in capsys.readouterr().out.splitlines() if "AR" in line or "AP" in line]
+    found = [[word for word in re.findall(r"\w+", line) if word != name] for line in heads]
+    assert found == [METRICS[:6], METRICS[6:]]
+
+
+def test_a_table_of_one_column_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two paths of a supernet that were scored by nothing: no columns beside their names."""
+    print_table(rows_table("paths", ["path"], [["1-2"], ["0-3"]]))
+    assert {"1-2", "0-3"} <= set(capsys.readouterr().out.split())
 
 
 def test_problems_of_a_set_are_lines_of_their_own(

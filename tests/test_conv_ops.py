@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from detkit import ops
+from detkit.ops import _library
 from detkit.ops.reference import conv as reference
 
 F64 = torch.float64
@@ -247,13 +248,13 @@ def test_split_equals_cat_of_conv2d(device: str, name: str, size: tuple[int, int
 # --- layouts, dtypes, NaN ------------------------------------------------------------------------
 
 
-def called(op: str, x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+def called(op: str, x: Tensor, w: Tensor, scales: Tensor, relu: bool = False) -> Tensor:
     """One of the three operators on common inputs, w (O, C, 3, 3)."""
     if op == "dilated":
-        return ops.dilated_conv2d(x, w, None, 1, 2, 2)
+        return ops.dilated_conv2d(x, w, None, 1, 2, 2, relu=relu)
     if op == "split":
-        return ops.split_conv2d(x, [w[:4], w[4:]], None, [(1, 2), (2, 3)])
-    return ops.scaled_conv2d(x, w, scales)
+        return ops.split_conv2d(x, [w[:4], w[4:]], None, [(1, 2), (2, 3)], relu=relu)
+    return ops.scaled_conv2d(x, w, scales, relu=relu)
 
 
 OPERATORS = ("dilated", "scaled", "split")
@@ -280,6 +281,28 @@ def test_output_and_gradient_follow_the_layout(device: str, op: str) -> None:
         assert grad.is_contiguous(memory_format=format)
         frozen = called(op, x, w.detach(), scales.detach())
         assert_close(torch.autograd.grad(frozen.sum(), x)[0], grad, 1e-12)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_relu_is_that_of_torch(device: str, op: str, channels_last: bool) -> None:
+    """Values, all gradients and the reference; a NaN stays."""
+    x = rand(2, 6, 9, 8, device=device)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    w, scales = rand(8, 6, 3, 3, device=device), scale_tensor((1.3, 0.6), (2.2, 1.0)).to(device)
+    inputs = [x, w, scales][: 3 if op == "scaled" else 2]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    y, expected = called(op, x, w, scales, relu=True), called(op, x, w, scales).relu()
+    assert torch.equal(y, expected) and (y == 0).any()
+    for ours, right in zip(gradients(y, inputs), gradients(expected, inputs), strict=True):
+        assert_close(ours, right, 1e-12)
+    with _library.reference_only():
+        assert_close(called(op, x, w, scales, relu=True), expected, 1e-10)
+    spoilt = x.detach().clone()
+    spoilt[0, 0, 4, 4] = torch.nan
+    assert called(op, spoilt, w.detach(), scales.detach(), relu=True)[0, 0].isnan().any()
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -698,6 +721,12 @@ def test_opcheck(device: str, dtype: torch.dtype, channels_last: bool) -> None:
         torch.library.opcheck(
             native.split_conv2d.default, (x, parts, bias, [1, 2, 0, 3], [2, 2], 2)
         )
+        relu = (0, True)  # by columns
+        torch.library.opcheck(native.dilated_conv2d.default, (*dilated, *relu))
+        torch.library.opcheck(native.scaled_conv2d.default, (x, w, scales, bias, [1, 2], 2, *relu))
+        torch.library.opcheck(
+            native.split_conv2d.default, (x, parts, bias, [1, 2, 0, 3], [2, 2], 2, *relu)
+        )
 
 
 @needs_native
@@ -944,3 +973,47 @@ def test_cutting_the_work_changes_no_bit(stride: int, scale: tuple[float, float]
     torch.testing.assert_close(split[0].double(), expected, rtol=0, atol=1e-4)
     for results in (sampled, split):
         assert all(torch.equal(results[0], other) for other in results)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_far_taps_on_large_maps(format: torch.memory_format) -> None:
+    """Work enough to lay maps out anew; channels and pixels are no multiples of what is moved at
+    once."""
+    x = rand(2, 80, 40, 37).float().contiguous(memory_format=format).requires_grad_()
+    w = rand(40, 80, 3, 3, dtype=torch.float32, grad=True)
+    y = ops.dilated_conv2d(x, w, padding=9, dilation=9)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    expected = F.conv2d(*wide, padding=9, dilation=9)
+    upstream = torch.randn_like(y)
+    assert_close(y, expected, 1e-5)
+    found = torch.autograd.grad(y, [x, w], upstream)
+    for a, b in zip(found, torch.autograd.grad(expected, wide, upstream.double()), strict=True):
+        assert_close(a, b, 1e-5)
+    assert y.is_contiguous(memory_format=format)
+    assert found[0].is_contiguous(memory_format=format)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_threads_share_the_outputs_of_a_split_convolution(
+    threads: Callable[[int], None], format: torch.memory_format, count: int
+) -> None:
+    """Their shares do not end where parts do, and leave the gradients' history alone."""
+    threads(count)
+    x = rand(1, 32, 40, 37).float().contiguous(memory_format=format).requires_grad_()
+    parts = [rand(outs, 32, 3, 3, dtype=torch.float32, grad=True) for outs in (33, 71)]
+    bias = rand(104, dtype=torch.float32)
+    y = ops.split_conv2d(x, parts, bias, [(1, 2), (3, 9)])
+    wide = [t.detach().double().requires_grad_() for t in (x, *parts)]
+    expected = torch.cat(
+        [
+            F.conv2d(wide[0], wide[1], bias[:33].double(), padding=(1, 2), dilation=(1, 2)),
+            F.conv2d(wide[0], wide[2], bias[33:].double(), padding=(3, 9), dilation=(3, 9)),
+        ],
+        1,
+    )
+    assert_close(y, expected, 1e-5)
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *parts], upstream)
+    for a, b in zip(found, torch.autograd.grad(expected, wide, upstream.double()), strict=True):
+        assert_close(a, b, 1e-5)

@@ -17,9 +17,10 @@ from pycocotools.coco import COCO
 from detkit.config import DataConfig
 from detkit.data import open_classification, open_detection
 from detkit.data.check import check
-from detkit.data.open import layout, splits
+from detkit.data.convert import convert
+from detkit.data.open import layout, splits, unions
 from detkit.data.yaml import read_yaml
-from detkit.errors import ConfigError, DataError
+from detkit.errors import ConfigError, DataError, DetkitError
 
 # images, objects, crowds, classes with objects, as the sets' own descriptions count them
 REAL_COCO = {
@@ -67,6 +68,7 @@ def test_real_voc(real_data: Path) -> None:
     path = str(real_data / "raccoon_voc")
     assert layout(path) == "voc"
     assert splits(path) == ["train", "trainval", "val"]
+    assert unions(path) == ["trainval"]
     for split, images, objects in (("train", 160, 173), ("val", 40, 44)):
         dataset = open_detection(path, split, DataConfig())
         assert (len(dataset), dataset.report.annotations) == (images, objects)
@@ -430,3 +432,17 @@ def test_part_of_a_set(tmp_path: Path) -> None:
     synthetic = open_detection("synthetic", "val", DataConfig())
     one = synthetic.take([5])
     assert one.image(0).tobytes() == synthetic.image(5).tobytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["bccd", "raccoon_voc", "as_yolo", "sign_digits_imagefolder", "synthetic"]
+)
+def test_an_unknown_split_brings_the_nearest(name: str, real_data: Path, tmp_path: Path) -> None:
+    """In every layout; COCO, VOC, YOLO, ImageFolder and the built-in set look for splits apart."""
+    path = str(real_data / name)
+    if name == "as_yolo":
+        path = str(tmp_path / name)
+        convert(str(real_data / "bccd"), path, "yolo", link=True)
+    opened = open_classification if "folder" in name else open_detection
+    with pytest.raises(DetkitError, match="got .*; did you mean 'val'\\?$"):
+        opened("synthetic" if name == "synthetic" else path, "vla", DataConfig())

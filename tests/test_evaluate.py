@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from detkit.engine import evaluate as evaluation
 from detkit.engine import rle
 from detkit.engine.classification import top1
-from detkit.engine.evaluate import detect_dataset, evaluate, normalise_truth
+from detkit.engine.detections import detect_dataset
+from detkit.engine.evaluate import evaluate, normalise_truth
 from detkit.engine.results import read_results
 from detkit.engine.voc import evaluate_voc
 from detkit.errors import DataError

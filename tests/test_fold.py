@@ -8,15 +8,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from detectors import ONE_STAGE, PYRAMIDS
 from torch import Tensor, nn
 
+from detkit import ops
 from detkit.config import resolve
 from detkit.deploy.fast import fast
 from detkit.deploy.fold import fold
+from detkit.models import norm as model_norm
+from detkit.models.backbones.resnet import Bottleneck
 from detkit.models.necks.large_separable import LargeSeparableConv
 from detkit.models.norm import FrozenBatchNorm2d, SyncBatchNorm2d, normalise_rows
 from detkit.models.zoo import BACKBONES, DETECTORS, build_backbone, build_detector
 from detkit.scales import GlobalScaleConv2d, SplitConv2d, insert, learners
+from detkit.scales import learner as scales_learner
+from detkit.scales import split as scales_split
 from detkit.scales.decompose import Part
 from detkit.scales.split import split
 
@@ -93,9 +99,9 @@ def test_detectors_detect_the_same(detector: str) -> None:
     """With batch norm everywhere, in neck and heads too; the same boxes, labels and scores."""
     names = {"detector": detector, "backbone": "resnet50-tiny", "norm": "bn", "head_norm": "bn"}
     layers = [{"model": names, "box": {"max_detections": 20}}]
-    if detector.endswith("fpn") or detector == "retinanet":
+    if detector in PYRAMIDS:
         layers.append({"model": {"neck_channels": 32}})
-    if detector != "retinanet":
+    if detector not in ONE_STAGE:
         channels = 0 if detector in ("rfcn", "frcnn-c4") else 64
         layers.append({"box": {"channels": channels}, "rpn": {"post_nms_test": 100}})
     model = randomised(build_detector(resolve(layers), 3))
@@ -176,6 +182,39 @@ def test_convolutions_with_scales(frozen: tuple[float, float] | None) -> None:
     folded = assert_folds(model, torch.randn(3, 6, 9, 11))
     assert type(folded[0]) is type(layer)
     assert folded[0].bias is not None
+
+
+@pytest.mark.parametrize("kind", ["split", "learnt", "plain"])
+def test_a_folded_block_ends_its_convolution_with_the_relu(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One operator for convolution, norm and ReLU; on CUDA for a dilated plain convolution too."""
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object, **settings: object) -> Tensor:
+            calls.append(name + " relu" * bool(settings.get("relu")))
+            return function(*args, **settings)
+
+        return call
+
+    conv = nn.Conv2d(8, 8, 3, padding=2, dilation=2, bias=False).double()
+    block = randomised(Bottleneck(8, 8, 8, 1, 2, False, nn.BatchNorm2d, True)).double()
+    if kind == "split":
+        block.conv2 = split(conv, [Part((1, 1), 3), Part((2, 2), 5)])
+    elif kind == "learnt":
+        block.conv2 = GlobalScaleConv2d(conv)
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
+    expected, folded = block.eval()(x), fold(block)
+    monkeypatch.setattr(scales_split, "split_conv2d", counted("split", ops.split_conv2d))
+    monkeypatch.setattr(scales_learner, "scaled_conv2d", counted("learnt", ops.scaled_conv2d))
+    monkeypatch.setattr(model_norm, "dilated_conv2d", counted("plain", ops.dilated_conv2d))
+    monkeypatch.setattr(model_norm, "may_choose", lambda x: True)  # as on CUDA
+    assert_close(folded(x), expected)
+    assert calls == [f"{kind} relu"]
+    folded.conv2.register_forward_hook(lambda *_: None)  # it is to see what it saw before
+    assert_close(folded(x), expected)
+    assert calls[1:] == ([] if kind == "plain" else [kind])
 
 
 def test_learners_in_a_detector_keep_their_images() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from detkit.cli.main import run
 from detkit.engine.classification import top1
-from detkit.engine.evaluate import detect_dataset
+from detkit.engine.detections import detect_dataset
 from detkit.engine.memory import explained, is_out_of_memory
 from detkit.errors import OutOfMemoryError
 from detkit.models.detector import TwoStageDetector

@@ -187,13 +187,13 @@ def test_the_examples_of_the_docs_run_as_written(
     assert titles == shown - {"Overview"} | {"Search"}
 
 
-def searched(folder: Path, method: str, generations: int = 3) -> Path:
+def searched(folder: Path, method: str, generations: int = 3, metric: str = "AP") -> Path:
     """A search of the tiny space by a fitness that fails on some networks."""
 
     def evaluate(genes: Genes) -> dict[str, float]:
         if genes[0] == 3:
             raise FloatingPointError("no number")
-        return {"AP": sum(genes) / 30}
+        return {metric: sum(genes) / 30}
 
     space, limits = SPACES["tiny"], {"macs": 60e6}
     wanted = {"method": method, "population": 6, "generations": generations, "parents": 3}
@@ -201,8 +201,8 @@ def searched(folder: Path, method: str, generations: int = 3) -> Path:
     folder.mkdir()
     configs.write_toml(config, folder / "config.toml")
     journal = folder / "candidates.jsonl"
-    found = run_search(space, config.search, evaluate, "AP", journal, limits=limits)
-    record = {"method": method, "fitness": "detection", "metric": "AP", "limits": limits}
+    found = run_search(space, config.search, evaluate, metric, journal, limits=limits)
+    record = {"method": method, "fitness": "detection", "metric": metric, "limits": limits}
     record |= {"finished": True, "space": space.to_plain(), "supernet": {"file": "best.pth"}}
     SearchFolder(folder).write(record)
     assert len(found.history) == 6 * generations
@@ -220,6 +220,18 @@ def test_searches_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"random 1: {best['fitness']:.3f}" in text  # its strip
     for part in ("Best so far", "Fitness against multiply-adds; dashed: the limit", "stride 16"):
         assert part in text
+
+
+def test_searches_of_other_metrics_have_axes_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alike = [str(searched(tmp_path / name, name)) for name in ("evolution", "random")]
+    other = searched(tmp_path / "other", "random", metric="top1")
+    report(capsys, *alike, str(other))
+    text = checked((tmp_path / "evolution" / "report.html").read_text())
+    assert text.count("<figcaption>Best so far<") == 2
+    assert ">AP<" in text
+    assert ">top1<" in text
 
 
 def test_a_search_that_runs_is_left_alone(

@@ -13,5 +13,7 @@ trap 'rm -rf "$wheels"' EXIT
   pytest pluggy iniconfig packaging hypothesis sortedcontainers
 rm -rf .carry && mkdir -p .carry/site .carry/data
 for wheel in "$wheels"/*.whl; do "$python" -m zipfile -e "$wheel" .carry/site; done
+# With .carry/ on PYTHONPATH: behind the packages of that Python, so that its own come first.
+echo 'import pathlib, sys; sys.path.append(str(pathlib.Path(__file__).parent / "site"))' >.carry/sitecustomize.py
 cp -r "$data/bccd" "$data/coco_mini" .carry/data/
 du -sh .carry

@@ -1,39 +1,89 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes: build in place, GPU tests, benchmarks of the operators, of the ways
-# to compute one and of whole detectors, a training run.
-# Uses PYTHON (default python3) as it is and installs nothing; what that Python lacks, and the data, come from .carry/,
-# which `make carry` fills. Results go to OUT (default build/gpu).
-set -euo pipefail
+# Everything that needs a GPU, in under ten minutes: build in place, GPU tests, benchmarks of the ways to compute an
+# operator, of operators, of whole detectors and of training, and a training run.
+#
+#   [PYTHON=python3] [OUT=build/gpu] [DEVICE=cuda] tools/gpu.sh
+#
+# Uses PYTHON as it is and installs nothing; what that Python lacks, and the data, come from .carry/, which `make carry`
+# fills. A stage that fails or takes too long ends alone: the others run and keep their results. OUT gets log.txt and
+# seven more files at most, since machines that are lent bring little back. DEVICE=cpu is a rehearsal: the same stages,
+# tiny, on an extension that is there already.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-out=${OUT:-build/gpu}
+python=${PYTHON:-python3} out=${OUT:-build/gpu} device=${DEVICE:-cuda} minutes=${MINUTES:-0.75}
+run=build/gpu_run # of the training: its checkpoints are too large to bring back
+most=560          # seconds for everything
 mkdir -p "$out"
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} MAX_JOBS=${MAX_JOBS:-$(nproc)} DETKIT_CUDA=1 DETKIT_OPS=native
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+rm -rf "$run" "$out"/{ops,ways,detect,speed,bench_train}.json "$out/train.jsonl"
+: >"$out/log.txt"
+
+# ninja, without which the build is serial, often lies beside the interpreter only
+PATH=$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH
+cores=$("$python" -c 'import os; print(os.cpu_count())')
+export PATH PYTHONUNBUFFERED=1 DETKIT_CUDA=1 DETKIT_OPS=native PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} MAX_JOBS=${MAX_JOBS:-$cores}
 if [ -d .carry ]; then
-  export PYTHONPATH=$PYTHONPATH:$PWD/.carry/site DETKIT_TEST_DATA=$PWD/.carry/data
+  export PYTHONPATH=$PYTHONPATH:$PWD/.carry DETKIT_TEST_DATA=$PWD/.carry/data # its packages come after installed ones
 fi
 
-rm -f detkit/_C*.so
-timeout 120 "$python" setup.py -q build_ext --inplace 2>&1 | tee "$out/build.log" | tail -n 5
-"$python" -c 'import json, detkit.doctor; print(json.dumps(detkit.doctor.report(), indent=1))' | tee "$out/doctor.json"
-# The operators' tests need torch, pytest and hypothesis; the rest also what detkit depends on.
-tests=(tests/test_nms.py tests/test_roi_ops.py tests/test_conv_ops.py tests/test_autotune.py)
-complete=0
-if "$python" -c 'import tomli_w, pycocotools, click, rich'; then tests=(tests) complete=1; fi
-failed=0
-timeout 130 "$python" -m pytest "${tests[@]}" -m gpu -q 2>&1 | tee "$out/tests.log" | tail -n 40 || failed=1
-# without a choice of ways, so that what is measured as ours is ours
-DETKIT_AUTOTUNE=off timeout 120 "$python" -m detkit.cli bench ops --device cuda --quick --save "$out/ops.json" 2>&1 | tee "$out/ops.log" || failed=1
-timeout 60 "$python" benchmarks/cuda_ways.py --json "$out/cuda_ways.json" 2>&1 | tee "$out/cuda_ways.log" || failed=1
-timeout 90 "$python" benchmarks/speed.py --device cuda --images 100 --warmup 20 --json "$out/speed.json" 2>&1 |
-  tee "$out/speed.log" || failed=1
-if [ "$complete" = 1 ] && [ -d "${DETKIT_TEST_DATA:-}/bccd" ]; then
+say() { echo "$*" | tee -a "$out/log.txt"; }
+
+failed=()
+# stage NAME SECONDS COMMAND…
+stage() {
+  local name=$1 limit=$2 left=$((most - SECONDS)) begun=$SECONDS status=0
+  shift 2
+  if [ "$left" -lt 15 ]; then
+    say "== $name: left out, the time is over"
+    failed+=("$name")
+    return 1
+  fi
+  say "== $name: $*"
+  timeout -k 5 $((limit < left ? limit : left)) "$@" 2>&1 | tee -a "$out/log.txt"
+  status=${PIPESTATUS[0]}
+  say "== $name: exit $status after $((SECONDS - begun)) s"
+  [ "$status" = 0 ] || failed+=("$name")
+  return "$status"
+}
+
+finish() {
+  if [ -f "$run/metrics.jsonl" ]; then tail -n 500 "$run/metrics.jsonl" >"$out/train.jsonl"; fi
+  say "== failed: ${failed[*]:-none} (after $SECONDS s)"
+  [ ${#failed[@]} = 0 ]
+  exit
+}
+
+# Quick and full forms of what follows.
+bench=("$python" -m detkit.cli bench)
+if [ "$device" = cuda ]; then
+  rm -f detkit/_C*.so
+  stage facts 30 bash -c 'nvidia-smi; command -v nvcc ninja; nvcc --version'
+  stage build 200 "$python" setup.py -q build_ext --inplace || finish
+  ops=() ways=() detect=(--seconds 12) step=(--recipe detnet/resnet50-fpn --steps 20 --workers 12) data=synthetic
+  speed=(--images 60 --warmup 15)
   # full-size DetNet-59-FPN from scratch, so with trainable norms
-  timeout 110 "$python" -m detkit.cli finetune --data "$DETKIT_TEST_DATA/bccd" --recipe detnet/detnet59-fpn --json \
-    --minutes "${MINUTES:-1}" --batch-size 8 --out "$out/bccd" --set model.norm=gn --set model.frozen_stages=0 \
-    --set model.head_norm=gn --set train.amp=bf16 --set train.clip=10.0 >"$out/bccd.json" || failed=1
-  tail -n 3 "$out/bccd/log.txt" "$out/bccd.json"
-  rm -f "$out"/bccd/*.pth # too large to bring back
+  train=(--recipe detnet/detnet59-fpn --minutes "$minutes" --batch-size 8 --workers 12 --set model.norm=gn --set model.frozen_stages=0
+    --set model.head_norm=gn --set train.amp=bf16 --set train.clip=10.0)
+  # the operators' tests need torch, pytest and hypothesis alone
+  tests=(tests/test_nms.py tests/test_roi_ops.py tests/test_conv_ops.py tests/test_autotune.py)
+  if "$python" -c 'import tomli_w, pycocotools, click, rich'; then tests=(tests); fi
+  if [ -d "${DETKIT_TEST_DATA:-}/bccd" ]; then data=$DETKIT_TEST_DATA/bccd; fi
+else
+  export OMP_NUM_THREADS=1
+  ops=(--only ps_roi_align --threads 1) ways=(--small) detect=(--small --seconds 0.1) step=(--recipe tiny/light-head --steps 1)
+  speed=(--case light-head/setting-s-700@64x96 --images 1 --warmup 1)
+  train=(--recipe tiny/light-head --steps 2) tests=(tests/test_autotune.py) data=synthetic
 fi
-exit $failed
+stage doctor 30 "$python" -m detkit.cli doctor
+parallel=()
+if [ "$device" = cuda ] && "$python" -c 'import xdist'; then parallel=(-p xdist.plugin -n 8 --dist worksteal); fi
+# without other plugins of that Python
+PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 stage tests 170 "$python" -m pytest "${tests[@]}" "${parallel[@]}" -m gpu -q --continue-on-collection-errors
+stage ways 70 "$python" benchmarks/cuda_ways.py --device "$device" "${ways[@]}" --json "$out/ways.json"
+# without a choice of ways, so that what is measured as ours is ours
+DETKIT_AUTOTUNE=off stage ops 110 "${bench[@]}" ops --device "$device" --quick "${ops[@]}" --save "$out/ops.json"
+stage detect 45 "$python" benchmarks/detect_speed.py --device "$device" "${detect[@]}" --json "$out/detect.json"
+stage train 110 "$python" -m detkit.cli finetune --data "$data" "${train[@]}" --device "$device" --out "$run"
+stage bench_train 60 "${bench[@]}" train --device "$device" --data "$data" "${step[@]}" --save "$out/bench_train.json"
+stage speed 60 "$python" benchmarks/speed.py --device "$device" "${speed[@]}" --json "$out/speed.json"
+finish

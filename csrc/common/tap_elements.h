@@ -17,6 +17,12 @@ struct Cell {
   static DETKIT_HD T store(T value) { return value; }
 };
 
+// ReLU; NaN stays NaN.
+template <typename T>
+DETKIT_HD T rectified(T value) {
+  return value < T(0) ? T(0) : value;
+}
+
 // V channels that move in one instruction.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {

@@ -58,47 +58,63 @@ inline __attribute__((always_inline)) void transpose_octets(typename Octet<A>::t
   }
 }
 
-// target[j * target_stride + i] = source[i * source_stride + j] for i < count, j < length, by way
-// of A.
-template <class From, class To, class A>
-inline __attribute__((always_inline)) void transpose(const From* source, int64_t source_stride,
-                                                     int64_t count, int64_t length, To* target,
-                                                     int64_t target_stride) {
-  const int64_t even_count = count / 8 * 8, even_length = length / 8 * 8;
-  for (int64_t j = 0; j < even_length; j += 8) {
-    for (int64_t i = 0; i < even_count; i += 8) {
-      typename Octet<A>::type rows[8];
+// One octet by way of A.
+template <class A, class From>
+inline __attribute__((always_inline)) void load_octet(const From* from,
+                                                      typename Octet<A>::type& octet) {
+  for (int k = 0; k < 8; ++k) octet[k] = static_cast<A>(from[k]);
+}
+
+template <class A, class To>
+inline __attribute__((always_inline)) void store_octet(const typename Octet<A>::type& octet,
+                                                       To* to) {
+  for (int k = 0; k < 8; ++k) to[k] = static_cast<To>(octet[k]);
+}
+
+// From planes, (lanes, length), to lanes side by side, (length, B) with pixels `step` apart; those
+// not in use become 0. B is a multiple of 8.
+template <class T, class A, int B>
+DETKIT_CLONES void to_lanes(const T* source, int64_t stride, int64_t lanes, int64_t length,
+                            A* target, int64_t step = B) {
+  int64_t x = 0;
+  for (; x + 8 <= length; x += 8) {
+    for (int64_t c = 0; c < B; c += 8) {
+      typename Octet<A>::type rows[8] = {};
       for (int r = 0; r < 8; ++r) {
-        const From* row = source + (i + r) * source_stride + j;
-        for (int k = 0; k < 8; ++k) rows[r][k] = static_cast<A>(row[k]);
+        if (c + r < lanes) load_octet<A>(source + (c + r) * stride + x, rows[r]);
       }
       transpose_octets<A>(rows);
+      for (int r = 0; r < 8; ++r) store_octet<A>(rows[r], target + (x + r) * step + c);
+    }
+  }
+  for (; x < length; ++x) {
+    for (int64_t c = 0; c < B; ++c) {
+      target[x * step + c] = c < lanes ? static_cast<A>(source[c * stride + x]) : A(0);
+    }
+  }
+}
+
+// And back, without the lanes that are not in use; what is behind them up to a multiple of 8 must
+// be there to be read.
+template <class T, class A>
+DETKIT_CLONES void to_planes(const A* source, int64_t step, int64_t lanes, int64_t length,
+                             T* target, int64_t stride) {
+  int64_t x = 0;
+  for (; x + 8 <= length; x += 8) {
+    for (int64_t c = 0; c < lanes; c += 8) {
+      typename Octet<A>::type rows[8];
+      for (int r = 0; r < 8; ++r) load_octet<A>(source + (x + r) * step + c, rows[r]);
+      transpose_octets<A>(rows);
       for (int r = 0; r < 8; ++r) {
-        To* row = target + (j + r) * target_stride + i;
-        for (int k = 0; k < 8; ++k) row[k] = static_cast<To>(rows[r][k]);
+        if (c + r < lanes) store_octet<A>(rows[r], target + (c + r) * stride + x);
       }
     }
   }
-  for (int64_t j = 0; j < length; ++j) {
-    for (int64_t i = j < even_length ? even_count : 0; i < count; ++i) {
-      target[j * target_stride + i] =
-          static_cast<To>(static_cast<A>(source[i * source_stride + j]));
+  for (; x < length; ++x) {
+    for (int64_t c = 0; c < lanes; ++c) {
+      target[c * stride + x] = static_cast<T>(source[x * step + c]);
     }
   }
-}
-
-// From planes, (lanes, length), to lanes side by side, (length, B).
-template <class T, class A>
-DETKIT_CLONES void to_lanes(const T* source, int64_t stride, int64_t lanes, int64_t length,
-                            A* target, int64_t target_stride) {
-  transpose<T, A, A>(source, stride, lanes, length, target, target_stride);
-}
-
-// And back.
-template <class T, class A>
-DETKIT_CLONES void to_planes(const A* source, int64_t stride, int64_t lanes, int64_t length,
-                             T* target, int64_t target_stride) {
-  transpose<A, T, A>(source, stride, length, lanes, target, target_stride);
 }
 
 // Lanes that lie side by side already, as in a channels_last map, from one pixel to the next.
@@ -112,14 +128,15 @@ DETKIT_CLONES void copy_lanes(const T* source, int64_t stride, int64_t lanes, in
   }
 }
 
-// One map row of a block of channels to (W, B); lanes not in use become 0.
+// Pixels behind each other, such as a map row, of a block of channels to (width, B); lanes not in
+// use become 0.
 template <class T, class A, int B>
 void pack_row(const T* source, const MapStrides& strides, int64_t lanes, int64_t width, A* target) {
-  if (lanes < B) std::fill_n(target, width * B, A(0));
   if (strides.column == 1) {
-    to_lanes<T, A>(source, strides.channel, lanes, width, target, B);
+    to_lanes<T, A, B>(source, strides.channel, lanes, width, target);
     return;
   }
+  if (lanes < B) std::fill_n(target, width * B, A(0));
   if (strides.channel == 1) {
     copy_lanes<T, A>(source, strides.column, lanes, width, target, B);
     return;

@@ -14,17 +14,17 @@ using Ints = std::vector<int64_t>;
 
 Tensor dilated_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                       const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
-                      int64_t algorithm) {
+                      int64_t algorithm, bool relu) {
   check_algorithm("dilated_conv2d", algorithm, false);
   const ConvShape shape = dilated_shape(input, weight, bias, stride, padding, dilation, groups);
   const WholeTaps where{dilation[0], dilation[1], padding[0], padding[1]};
   if (library_runs_forward(shape, where, input)) {
-    return LibraryConv(shape, where).forward(input, weight, bias);
+    return activated(LibraryConv(shape, where).forward(input, weight, bias), relu);
   }
   const SampleTaps taps = whole_taps(shape, where);
   const RoadMap output = make_output(input, shape);
   tap_forward(shape, taps, prepared(input), prepared(weight), prepared(bias), output);
-  return finish(output);
+  return activated(finish(output), relu);
 }
 
 std::tuple<Tensor, Tensor> dilated_conv2d_backward(const Tensor& grad, const Tensor& input,

@@ -16,13 +16,15 @@ namespace detkit::cpu {
 struct LibraryConv {
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups;
+  int64_t products;  // numbers to multiply
 
   LibraryConv(const ConvShape& shape, const WholeTaps& taps)
       : stride{shape.stride_h, shape.stride_w},
         padding{taps.padding_h, taps.padding_w},
         dilation{taps.dilation_h > 0 ? taps.dilation_h : 1,
                  taps.dilation_w > 0 ? taps.dilation_w : 1},
-        groups(shape.groups) {}
+        groups(shape.groups),
+        products(shape.products()) {}
 
   // In the layout of the input.
   Tensor forward(const Tensor& input, const Tensor& weight,
@@ -33,8 +35,12 @@ struct LibraryConv {
                                      bool need_input, bool need_weight) const;
 };
 
+// Multiplications from which on it pays to lay maps out anew, to call the library twice, or to give
+// each thread a call of its own.
+constexpr int64_t kManyProducts = int64_t(1) << 24;
+
 // Whether to call the library: for float32 and bfloat16, but forward not where taps lie so many
-// columns apart that its code for planes falls back and ours is faster.
+// columns apart that its code for planes falls back and there is too little work to do otherwise.
 bool library_runs_forward(const ConvShape& shape, const WholeTaps& taps, const Tensor& input);
 bool library_runs_backward(const ConvShape& shape, const Tensor& input);
 

@@ -15,10 +15,8 @@ PsRoiAlignPlan<A> make_plan(const RoiSpec& spec, bool reduce_max, const Tensor& 
   const auto* data = rois.const_data_ptr<A>();
   const int64_t count = rois.size(0);
   check_batch_indices("ps_roi_align", data, count, spec.batch);
-  PsRoiAlignPlan<A> plan{spec, reduce_max, group_by_image(data, count, spec),
-                         std::vector<RoiWeights<A>>(reduce_max ? 0 : count),
-                         std::vector<RoiSamples<A>>(reduce_max ? count : 0)};
-  torch::stable::parallel_for(0, count, kBoxesPerTask, [&](int64_t begin, int64_t end) {
+  PsRoiAlignPlan<A> plan(spec, reduce_max, data, count);
+  torch::stable::parallel_for(0, plan.boxes(), kBoxesPerTask, [&](int64_t begin, int64_t end) {
     ps_roi_align_prepare(plan, data, begin, end);
   });
   return plan;
@@ -46,8 +44,12 @@ std::tuple<Tensor, Tensor> ps_roi_align_op(const Tensor& input, const Tensor& ro
     auto* target = output.mutable_data_ptr<scalar_t>();
     expect_huge(target, output.numel() * sizeof(scalar_t));
     auto* winners = argmax.mutable_data_ptr<int32_t>();
+    const Scratch<A> pooled(plan.pooled_size());
     torch::stable::parallel_for(0, plan.work(), 1, [&](int64_t begin, int64_t end) {
-      ps_roi_align_forward(plan, source, strides, target, winners, begin, end);
+      ps_roi_align_forward(plan, source, strides, pooled.get(), winners, begin, end);
+    });
+    torch::stable::parallel_for(0, plan.boxes(), kBoxesPerTask, [&](int64_t begin, int64_t end) {
+      ps_roi_align_collect(plan, pooled.get(), target, begin, end);
     });
     const int64_t size = depth * plan.bins();
     const auto* data = boxes.const_data_ptr<A>();
@@ -79,8 +81,12 @@ Tensor ps_roi_align_backward_op(const Tensor& grad, const Tensor& rois, const Te
     const auto* winners = samples.const_data_ptr<int32_t>();
     auto* target = grad_input.mutable_data_ptr<scalar_t>();
     expect_huge(target, grad_input.numel() * sizeof(scalar_t));
+    const Scratch<A> shares(plan.pooled_size());
+    torch::stable::parallel_for(0, plan.boxes(), kBoxesPerTask, [&](int64_t begin, int64_t end) {
+      ps_roi_align_distribute(plan, source, shares.get(), begin, end);
+    });
     torch::stable::parallel_for(0, plan.work(), 1, [&](int64_t begin, int64_t end) {
-      ps_roi_align_backward(plan, source, winners, target, begin, end);
+      ps_roi_align_backward(plan, shares.get(), winners, target, begin, end);
     });
   });
   return grad_input;

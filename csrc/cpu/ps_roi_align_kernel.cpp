@@ -52,6 +52,44 @@ DETKIT_CLONES void pool_mean(const A* map, int64_t width, const RoiWeights<A>& b
   for (int v = 0; v < kCount; ++v) reinterpret_cast<V*>(pooled)[v] = sum[v] / box.count;
 }
 
+// The same of 2 x 2 samples on the map.
+template <class A>
+DETKIT_CLONES void pool_fours(const A* map, int64_t width, const FourTaps<A>& rows,
+                              const FourTaps<A>& columns, A* pooled) {
+  using V = typename Vector<A>::type;
+  constexpr int kCount = kVectors(Vector<A>::lanes);
+  V sum[kCount] = {};
+  for (int i = 0; i < 4; ++i) {
+    const A* row = map + rows.index[i] * width * kPsLanes;
+    V line[kCount] = {};
+    for (int j = 0; j < 4; ++j) {
+      const auto* pixel = reinterpret_cast<const V*>(row + columns.index[j] * int64_t(kPsLanes));
+      for (int v = 0; v < kCount; ++v) line[v] += columns.weight[j] * pixel[v];
+    }
+    for (int v = 0; v < kCount; ++v) sum[v] += rows.weight[i] * line[v];
+  }
+  for (int v = 0; v < kCount; ++v) reinterpret_cast<V*>(pooled)[v] = sum[v] * A(0.25);
+}
+
+// The adjoint of pool_fours.
+template <class A>
+DETKIT_CLONES void spread_fours(const A* grad, int64_t width, const FourTaps<A>& rows,
+                                const FourTaps<A>& columns, A* map) {
+  using V = typename Vector<A>::type;
+  constexpr int kCount = kVectors(Vector<A>::lanes);
+  V share[kCount];
+  for (int v = 0; v < kCount; ++v) share[v] = reinterpret_cast<const V*>(grad)[v] * A(0.25);
+  for (int i = 0; i < 4; ++i) {
+    A* row = map + rows.index[i] * width * kPsLanes;
+    V line[kCount];
+    for (int v = 0; v < kCount; ++v) line[v] = rows.weight[i] * share[v];
+    for (int j = 0; j < 4; ++j) {
+      auto* pixel = reinterpret_cast<V*>(row + columns.index[j] * int64_t(kPsLanes));
+      for (int v = 0; v < kCount; ++v) pixel[v] += columns.weight[j] * line[v];
+    }
+  }
+}
+
 // The adjoint of pool_mean.
 template <class A>
 DETKIT_CLONES void spread_mean(const A* grad, int64_t width, const RoiWeights<A>& box,
@@ -174,11 +212,17 @@ void spread_max(const A* grad, const int32_t* winner, int64_t width, const RoiSa
   }
 }
 
-// Where the outputs of one box at one item stand: `stride` apart.
+// Where the outputs of one box at one item stand in (R, D, P, Q): bins() apart.
 template <class A>
 int64_t output_offset(const PsRoiAlignPlan<A>& plan, int64_t box, const Item& item) {
-  return (box * plan.depth() + item.depth) * plan.bins() + item.row * plan.spec.bins_across +
-         item.column;
+  return (plan.groups.order[box] * plan.depth() + item.depth) * plan.bins() +
+         item.row * plan.spec.bins_across + item.column;
+}
+
+// And in (bins, blocks, boxes, lanes); work item `index` is of the box's image.
+template <class A>
+int64_t pooled_offset(const PsRoiAlignPlan<A>& plan, int64_t index, int64_t box) {
+  return (index % (plan.bins() * plan.blocks()) * plan.boxes() + box) * kPsLanes;
 }
 
 // First input channel of an item; the next one is bins() channels on.
@@ -187,69 +231,128 @@ int64_t channel_of(const PsRoiAlignPlan<A>& plan, const Item& item) {
   return item.depth * plan.bins() + item.row * plan.spec.bins_across + item.column;
 }
 
-// Whether so few boxes read the map that it is not worth a copy.
+// Fills `fours` (bins, boxes) at one box; false where a sample lies off the map.
 template <class A>
-bool few_boxes(const PsRoiAlignPlan<A>& plan, const Item& item) {
-  const int64_t boxes = plan.groups.begin[item.image + 1] - plan.groups.begin[item.image];
-  return !plan.reduce_max && boxes * kPixelsPerBox < plan.spec.height * plan.spec.width;
+bool set_fours(const RoiAxis<A>& axis, int64_t bins, int64_t boxes, FourTaps<A>* fours) {
+  for (int64_t bin = 0; bin < bins; ++bin, fours += boxes) {
+    const A start = axis.bin_start(bin);
+    const Taps<A> first = axis.taps(start, 0), second = axis.taps(start, 1);
+    if (!first.low_inside || !second.low_inside) return false;
+    *fours = {{static_cast<int32_t>(first.low), static_cast<int32_t>(first.high),
+               static_cast<int32_t>(second.low), static_cast<int32_t>(second.high)},
+              {first.low_weight, first.high_weight, second.low_weight, second.high_weight}};
+  }
+  return true;
 }
 
 }  // namespace
 
 template <class A>
+PsRoiAlignPlan<A>::PsRoiAlignPlan(const RoiSpec& spec, bool reduce_max, const A* rois,
+                                  int64_t count)
+    : spec(spec),
+      reduce_max(reduce_max),
+      groups(group_by_image(rois, count, spec)),
+      weights(reduce_max ? 0 : boxes()),
+      samples(reduce_max ? boxes() : 0),
+      has_fours(boxes()) {
+  if (reduce_max || spec.sampling_ratio != 2) return;
+  rows.resize(boxes() * spec.bins_down);
+  columns.resize(boxes() * spec.bins_across);
+}
+
+template <class A>
+bool PsRoiAlignPlan<A>::few_boxes(int64_t image) const {
+  const int64_t count = groups.begin[image + 1] - groups.begin[image];
+  return !reduce_max && count * kPixelsPerBox < spec.height * spec.width;
+}
+
+template <class A>
 void ps_roi_align_prepare(PsRoiAlignPlan<A>& plan, const A* rois, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    const A* roi = rois + r * 5;
-    if (!roi_is_usable(roi, plan.spec)) continue;
+  for (int64_t i = begin; i < end; ++i) {
+    const A* roi = rois + plan.groups.order[i] * 5;
     if (plan.reduce_max) {
-      plan.samples[r] = roi_samples(roi, plan.spec);
-    } else {
-      plan.weights[r] = roi_weights(roi, plan.spec);
+      plan.samples[i] = roi_samples(roi, plan.spec);
+      continue;
     }
+    plan.has_fours[i] =
+        !plan.rows.empty() && !plan.few_boxes(static_cast<int64_t>(roi[0])) &&
+        set_fours(roi_rows(roi, plan.spec), plan.spec.bins_down, plan.boxes(), &plan.rows[i]) &&
+        set_fours(roi_columns(roi, plan.spec), plan.spec.bins_across, plan.boxes(),
+                  &plan.columns[i]);
+    if (!plan.has_fours[i]) plan.weights[i] = roi_weights(roi, plan.spec);
   }
 }
 
 template <class T, class A>
 void ps_roi_align_forward(const PsRoiAlignPlan<A>& plan, const T* input, const MapStrides& strides,
-                          T* output, int32_t* argmax, int64_t begin, int64_t end) {
+                          A* pooled, int32_t* argmax, int64_t begin, int64_t end) {
   const RoiSpec& spec = plan.spec;
   const int64_t row_size = spec.width * kPsLanes, bins = plan.bins();
   const Scratch<A> map(spec.height * row_size);  // touched only where boxes are many
   MapStrides planes = strides;
   planes.channel *= bins;
+  const bool gaps = strides.row != spec.width * strides.column;
+  const int64_t rows_at_once = gaps ? 1 : spec.height;
   for (int64_t index = begin; index < end; ++index) {
     const Item item = item_of(plan, index);
     const int64_t first = plan.groups.begin[item.image], last = plan.groups.begin[item.image + 1];
     if (first == last) continue;
     const T* source = input + item.image * strides.image + channel_of(plan, item) * strides.channel;
-    const bool few = few_boxes(plan, item);
-    for (int64_t y = 0; y < spec.height && !few; ++y) {
-      pack_row<T, A, kPsLanes>(source + y * strides.row, planes, item.lanes, spec.width,
-                               map.get() + y * row_size);
+    const bool few = plan.few_boxes(item.image);
+    for (int64_t y = 0; y < spec.height && !few; y += rows_at_once) {
+      pack_row<T, A, kPsLanes>(source + y * strides.row, planes, item.lanes,
+                               rows_at_once * spec.width, map.get() + y * row_size);
     }
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t r = plan.groups.order[i], offset = output_offset(plan, r, item);
-      alignas(64) A pooled[kPsLanes];
-      alignas(64) LaneIndex<A> winner[kPsLanes];
+    const auto* rows = plan.rows.data() + item.row * plan.boxes();
+    const auto* columns = plan.columns.data() + item.column * plan.boxes();
+    A* to = pooled + pooled_offset(plan, index, first);
+    for (int64_t i = first; i < last; ++i, to += kPsLanes) {
       if (plan.reduce_max) {
-        pool_max(map.get(), spec.width, plan.samples[r], item, pooled, winner);
-        for (int64_t c = 0; c < item.lanes; ++c) {
-          argmax[offset + c * bins] = static_cast<int32_t>(winner[c]);
-        }
+        alignas(64) LaneIndex<A> winner[kPsLanes];
+        pool_max(map.get(), spec.width, plan.samples[i], item, to, winner);
+        int32_t* target = argmax + output_offset(plan, i, item);
+        for (int64_t c = 0; c < item.lanes; ++c) target[c * bins] = int32_t(winner[c]);
       } else if (few) {
-        pool_planes(source, planes, plan.weights[r], item, pooled);
+        pool_planes(source, planes, plan.weights[i], item, to);
+      } else if (plan.has_fours[i]) {
+        pool_fours(map.get(), spec.width, rows[i], columns[i], to);
       } else {
-        pool_mean(map.get(), spec.width, plan.weights[r], item, pooled);
-      }
-      for (int64_t c = 0; c < item.lanes; ++c) {
-        output[offset + c * bins] = static_cast<T>(pooled[c]);
+        pool_mean(map.get(), spec.width, plan.weights[i], item, to);
       }
     }
   }
 }
 
 template <class T, class A>
-void ps_roi_align_backward(const PsRoiAlignPlan<A>& plan, const T* grad, const int32_t* argmax,
+void ps_roi_align_collect(const PsRoiAlignPlan<A>& plan, const A* pooled, T* output, int64_t begin,
+                          int64_t end) {
+  const int64_t bins = plan.bins(), block = plan.boxes() * kPsLanes;
+  for (int64_t i = begin; i < end; ++i) {
+    T* target = output + plan.groups.order[i] * plan.depth() * bins;
+    for (int64_t d = 0; d < plan.depth(); d += kPsLanes) {
+      to_planes<T, A>(pooled + i * kPsLanes + d / kPsLanes * block, plan.blocks() * block,
+                      std::min<int64_t>(kPsLanes, plan.depth() - d), bins, target + d * bins, bins);
+    }
+  }
+}
+
+template <class T, class A>
+void ps_roi_align_distribute(const PsRoiAlignPlan<A>& plan, const T* grad, A* shares, int64_t begin,
+                             int64_t end) {
+  const int64_t bins = plan.bins(), block = plan.boxes() * kPsLanes;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* source = grad + plan.groups.order[i] * plan.depth() * bins;
+    for (int64_t d = 0; d < plan.depth(); d += kPsLanes) {
+      to_lanes<T, A, kPsLanes>(source + d * bins, bins,
+                               std::min<int64_t>(kPsLanes, plan.depth() - d), bins,
+                               shares + i * kPsLanes + d / kPsLanes * block, plan.blocks() * block);
+    }
+  }
+}
+
+template <class T, class A>
+void ps_roi_align_backward(const PsRoiAlignPlan<A>& plan, const A* shares, const int32_t* argmax,
                            T* grad_input, int64_t begin, int64_t end) {
   const RoiSpec& spec = plan.spec;
   const int64_t plane = spec.height * spec.width, bins = plan.bins();
@@ -258,26 +361,30 @@ void ps_roi_align_backward(const PsRoiAlignPlan<A>& plan, const T* grad, const i
     const Item item = item_of(plan, index);
     T* target = grad_input + (item.image * spec.channels + channel_of(plan, item)) * plane;
     bool few = false;
-    if constexpr (std::is_same_v<T, A>) few = few_boxes(plan, item);  // half types sum in float
+    if constexpr (std::is_same_v<T, A>) few = plan.few_boxes(item.image);  // halves sum in float
     if (few) {
       for (int64_t c = 0; c < item.lanes; ++c) std::fill_n(target + c * bins * plane, plane, T(0));
     } else {
       std::fill_n(map.get(), plane * kPsLanes, A(0));
     }
-    for (int64_t i = plan.groups.begin[item.image]; i < plan.groups.begin[item.image + 1]; ++i) {
-      const int64_t r = plan.groups.order[i], offset = output_offset(plan, r, item);
-      alignas(64) A share[kPsLanes] = {};
-      for (int64_t c = 0; c < item.lanes; ++c) share[c] = static_cast<A>(grad[offset + c * bins]);
+    const auto* rows = plan.rows.data() + item.row * plan.boxes();
+    const auto* columns = plan.columns.data() + item.column * plan.boxes();
+    const int64_t first = plan.groups.begin[item.image], last = plan.groups.begin[item.image + 1];
+    const A* share = shares + pooled_offset(plan, index, first);
+    for (int64_t i = first; i < last; ++i, share += kPsLanes) {
       if (plan.reduce_max) {
+        const int32_t* source = argmax + output_offset(plan, i, item);
         int32_t winner[kPsLanes];
-        for (int64_t c = 0; c < item.lanes; ++c) winner[c] = argmax[offset + c * bins];
-        spread_max(share, winner, spec.width, plan.samples[r], item, map.get());
+        for (int64_t c = 0; c < item.lanes; ++c) winner[c] = source[c * bins];
+        spread_max(share, winner, spec.width, plan.samples[i], item, map.get());
       } else if (few) {
         if constexpr (std::is_same_v<T, A>) {
-          spread_planes(share, spec.width, bins * plane, plan.weights[r], item, target);
+          spread_planes(share, spec.width, bins * plane, plan.weights[i], item, target);
         }
+      } else if (plan.has_fours[i]) {
+        spread_fours(share, spec.width, rows[i], columns[i], map.get());
       } else {
-        spread_mean(share, spec.width, plan.weights[r], item, map.get());
+        spread_mean(share, spec.width, plan.weights[i], item, map.get());
       }
     }
     if (few) continue;
@@ -285,11 +392,15 @@ void ps_roi_align_backward(const PsRoiAlignPlan<A>& plan, const T* grad, const i
   }
 }
 
-#define DETKIT_INSTANTIATE(T, A)                                                                \
-  template void ps_roi_align_forward(const PsRoiAlignPlan<A>&, const T*, const MapStrides&, T*, \
-                                     int32_t*, int64_t, int64_t);                               \
-  template void ps_roi_align_backward(const PsRoiAlignPlan<A>&, const T*, const int32_t*, T*,   \
+#define DETKIT_INSTANTIATE(T, A)                                                                   \
+  template void ps_roi_align_forward(const PsRoiAlignPlan<A>&, const T*, const MapStrides&, A*,    \
+                                     int32_t*, int64_t, int64_t);                                  \
+  template void ps_roi_align_collect(const PsRoiAlignPlan<A>&, const A*, T*, int64_t, int64_t);    \
+  template void ps_roi_align_distribute(const PsRoiAlignPlan<A>&, const T*, A*, int64_t, int64_t); \
+  template void ps_roi_align_backward(const PsRoiAlignPlan<A>&, const A*, const int32_t*, T*,      \
                                       int64_t, int64_t);
+template struct PsRoiAlignPlan<float>;
+template struct PsRoiAlignPlan<double>;
 template void ps_roi_align_prepare(PsRoiAlignPlan<float>&, const float*, int64_t, int64_t);
 template void ps_roi_align_prepare(PsRoiAlignPlan<double>&, const double*, int64_t, int64_t);
 DETKIT_INSTANTIATE(float, float)

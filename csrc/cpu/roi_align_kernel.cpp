@@ -125,7 +125,6 @@ void backward_blocks(const RoiAlignPlan<A>& plan, const T* grad, T* grad_input, 
   const int64_t bins = spec.bins_down * spec.bins_across, row_size = spec.width * B;
   const int64_t plane = spec.height * spec.width;
   const Scratch<A> map(spec.height * row_size), shares(bins * B);
-  std::fill_n(shares.get(), bins * B, A(0));  // lanes not in use must be finite
   for (int64_t item = begin; item < end; ++item) {
     const Block block = block_of(plan, item);
     const std::vector<Span> spans = spans_in_use(plan, block.image);
@@ -134,8 +133,8 @@ void backward_blocks(const RoiAlignPlan<A>& plan, const T* grad, T* grad_input, 
     }
     for (int64_t i = plan.groups.begin[block.image]; i < plan.groups.begin[block.image + 1]; ++i) {
       const int64_t r = plan.groups.order[i];
-      to_lanes<T, A>(grad + (r * spec.channels + block.channel) * bins, bins, block.lanes, bins,
-                     shares.get(), B);
+      to_lanes<T, A, B>(grad + (r * spec.channels + block.channel) * bins, bins, block.lanes, bins,
+                        shares.get());
       spread_box<A, B>(shares.get(), spec.width, plan.weights[r], spec.bins_down, spec.bins_across,
                        map.get());
     }

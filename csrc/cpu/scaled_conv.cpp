@@ -48,13 +48,13 @@ SampleTaps scaled_taps(const ConvShape& shape, const Tensor& scales) {
 
 Tensor scaled_conv2d(const Tensor& input, const Tensor& weight, const Tensor& scales,
                      const std::optional<Tensor>& bias, const Ints& stride, int64_t groups,
-                     int64_t algorithm) {
+                     int64_t algorithm, bool relu) {
   check_algorithm("scaled_conv2d", algorithm, false);
   const ConvShape shape = scaled_shape(input, weight, scales, bias, stride, groups);
   const RoadMap output = make_output(input, shape);
   tap_forward(shape, scaled_taps(shape, scales), prepared(input), prepared(weight), prepared(bias),
               output);
-  return finish(output);
+  return activated(finish(output), relu);
 }
 
 // (N, 2) in the scales' dtype, or empty.

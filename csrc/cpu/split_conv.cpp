@@ -4,6 +4,8 @@
 #include <vector>
 
 #include "conv_shapes.h"
+#include "cpu/huge_pages.h"
+#include "cpu/layout.h"
 #include "cpu/library_conv.h"
 #include "cpu/tap_conv.h"
 #include "cpu/tap_conv_kernel.h"
@@ -15,6 +17,8 @@ namespace {
 using Ints = std::vector<int64_t>;
 
 constexpr int64_t kAddedPerTask = int64_t(1) << 16;
+// Outputs of a thread from which on threads convolve outputs of their own.
+constexpr int64_t kFewOutputs = 32;
 
 // The library takes parts that all read all inputs.
 bool whole_inputs(const std::vector<SplitPart>& parts, const Tensor& input) {
@@ -38,16 +42,75 @@ std::optional<Tensor> outputs_of(const ConvShape& part, std::optional<Tensor> bi
   return torch::stable::narrow(*bias, 0, part.out_begin, part.groups * part.group_out);
 }
 
+// Output channels of one part that one thread convolves.
+struct Piece {
+  size_t part;
+  int64_t begin, end;  // in the part
+};
+
+// Even shares of all outputs, one per thread: the library divides small parts less evenly.
+std::vector<std::vector<Piece>> shares_of(const std::vector<SplitPart>& parts, int64_t threads) {
+  const int64_t outputs = parts[0].shape.outputs;
+  std::vector<std::vector<Piece>> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    const int64_t first = outputs * t / threads, last = outputs * (t + 1) / threads;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const int64_t at = parts[i].shape.out_begin, size = parts[i].shape.group_out;
+      const Piece piece{i, std::max(first - at, int64_t(0)), std::min(last - at, size)};
+      if (piece.begin < piece.end) shares[t].push_back(piece);
+    }
+  }
+  return shares;
+}
+
+bool worth_sharing(const std::vector<SplitPart>& parts, int64_t threads) {
+  int64_t products = 0;
+  for (const SplitPart& part : parts) {
+    if (part.shape.groups > 1) return false;
+    products += part.shape.products();
+  }
+  return threads > 1 && parts.size() > 1 && products >= kManyProducts &&
+         parts[0].shape.outputs >= kFewOutputs * threads;
+}
+
+void forward_piece(const SplitPart& part, const Piece& piece, const Tensor& input, Tensor weight,
+                   std::optional<Tensor> bias, Tensor output) {
+  const int64_t begin = part.shape.out_begin + piece.begin, size = piece.end - piece.begin;
+  if (bias) bias = torch::stable::narrow(*bias, 0, begin, size);
+  weight = torch::stable::narrow(weight, 0, piece.begin, size);
+  copy_to_planes(LibraryConv(part.shape, part.taps).forward(input, weight, bias),
+                 torch::stable::narrow(output, 1, begin, size));
+}
+
+// The same memory without a gradient's history, which a thread would go on with.
+Tensor bare(const Tensor& tensor) {
+  return torch::stable::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(),
+                                  tensor.device(), tensor.scalar_type());
+}
+
 Tensor library_forward(const std::vector<SplitPart>& parts, const Tensor& input,
                        const std::vector<Tensor>& weights, const std::optional<Tensor>& bias) {
   const Tensor output = make_output(input, parts[0].shape).result;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const ConvShape& shape = parts[i].shape;
-    Tensor slice = outputs_of(shape, output);
-    torch::stable::copy_(
-        slice,
-        LibraryConv(shape, parts[i].taps).forward(input, weights[i], outputs_of(shape, bias)));
+  expect_huge(output.data_ptr(), output.numel() * output.element_size());
+  const int64_t threads = torch::stable::get_num_threads();
+  if (!worth_sharing(parts, threads)) {
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const Piece whole{i, 0, weights[i].size(0)};
+      forward_piece(parts[i], whole, input, weights[i], bias, output);
+    }
+    return output;
   }
+  const auto shares = shares_of(parts, threads);
+  const Tensor bare_input = bare(input), bare_output = bare(output);
+  const std::optional<Tensor> bare_bias = bias ? std::optional(bare(*bias)) : std::nullopt;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (const Piece& piece : shares[t]) {
+        forward_piece(parts[piece.part], piece, bare_input, bare(weights[piece.part]), bare_bias,
+                      bare_output);
+      }
+    }
+  });
   return output;
 }
 
@@ -88,11 +151,11 @@ std::tuple<Tensor, std::vector<Tensor>> library_backward(const std::vector<Split
 
 Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
                     const std::optional<Tensor>& bias, const Ints& dilations, const Ints& stride,
-                    int64_t groups, int64_t algorithm) {
+                    int64_t groups, int64_t algorithm, bool relu) {
   check_algorithm("split_conv2d", algorithm, false);
   const auto parts = split_parts(input, weights, bias, dilations, stride, groups);
   if (whole_inputs(parts, input) && library_runs_all_forward(parts, input)) {
-    return library_forward(parts, input, weights, bias);
+    return activated(library_forward(parts, input, weights, bias), relu);
   }
   const RoadMap output = make_output(input, parts[0].shape);
   const Tensor x = prepared(input);
@@ -102,7 +165,7 @@ Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
     tap_forward(shape, whole_taps(shape, parts[i].taps), x, prepared(weights[i]),
                 outputs_of(shape, b), output);
   }
-  return finish(output);
+  return activated(finish(output), relu);
 }
 
 std::tuple<Tensor, std::vector<Tensor>> split_conv2d_backward(

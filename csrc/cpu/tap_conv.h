@@ -34,6 +34,12 @@ struct RoadMap {
 };
 RoadMap make_output(const Tensor& input, const ConvShape& shape);
 Tensor finish(const RoadMap& output);
+
+// With `relu`, what is below 0 made 0 in place.
+inline Tensor activated(const Tensor& output, bool relu) {
+  return relu ? call1("aten::relu_", "", output) : output;
+}
+
 RoadMap read_grad(const Tensor& grad);
 
 // A contiguous tensor in the working dtype: the tensor itself where it is that already.

@@ -18,7 +18,7 @@ Taps taps_of(const Ints& padding, const Ints& dilation) {
 
 Tensor dilated_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                       const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
-                      int64_t algorithm) {
+                      int64_t algorithm, bool relu) {
   check_algorithm("dilated_conv2d", algorithm, true);
   const ConvShape shape = dilated_shape(input, weight, bias, stride, padding, dilation, groups);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
@@ -27,9 +27,9 @@ Tensor dilated_conv2d(const Tensor& input, const Tensor& weight, const std::opti
   const Taps taps = taps_of(padding, dilation);
   if (algorithm == kFused) {
     fused_forward("dilated_conv2d", {{shape, taps.whole, weight}}, x, std::nullopt, dense(bias),
-                  output);
+                  relu, output);
   } else {
-    tap_forward(shape, taps, x, weight, dense(bias), output);
+    tap_forward(shape, taps, x, weight, dense(bias), relu, output);
   }
   return laid_out(output, input);
 }

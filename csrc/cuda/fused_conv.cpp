@@ -20,18 +20,20 @@ Tensor aligned(const Tensor& tensor) {
 }
 
 void check_fits(const char* op, const std::vector<FusedPart>& parts, const Tensor& input) {
+  const ScalarType dtype = input.scalar_type();
+  const bool wide = dtype == ScalarType::Float;
   STD_TORCH_CHECK(
-      input.scalar_type() == ScalarType::Half || input.scalar_type() == ScalarType::BFloat16, op,
-      ": the fused algorithm needs float16 or bfloat16");
+      wide || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
+      ": the fused algorithm needs float32, which it rounds to TF32, float16 or bfloat16");
+  const int64_t pack = wide ? kGemmPack<float> : kGemmPack<__half>;
   STD_TORCH_CHECK(attribute(input, cudaDevAttrComputeCapabilityMajor) >= 8, op,
                   ": the fused algorithm needs compute capability 8.0");
   int64_t tiles = 0;
   for (const FusedPart& part : parts) {
     const ConvShape& shape = part.shape;
-    STD_TORCH_CHECK(shape.channels % kGemmPack == 0 && shape.in_begin % kGemmPack == 0 &&
-                        shape.group_in % kGemmPack == 0 && shape.group_in > 0,
-                    op, ": the fused algorithm needs channels per group in multiples of ",
-                    kGemmPack);
+    STD_TORCH_CHECK(shape.channels % pack == 0 && shape.in_begin % pack == 0 &&
+                        shape.group_in % pack == 0 && shape.group_in > 0,
+                    op, ": the fused algorithm needs channels per group in multiples of ", pack);
     tiles += shape.groups * ((shape.group_out + kGemmSmallTile - 1) / kGemmSmallTile);
     // What the kernel keeps in int.
     STD_TORCH_CHECK(std::max({shape.height, shape.width, shape.out_height, shape.out_width,
@@ -59,7 +61,7 @@ GemmPart<T> gemm_part(const FusedPart& part, const Tensor& weight, const float* 
 
 template <typename T>
 void run(const std::vector<FusedPart>& parts, const Tensor& input,
-         const std::optional<Tensor>& scales, const std::optional<Tensor>& bias,
+         const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, bool relu,
          const Tensor& output) {
   const Tensor x = aligned(input);
   const ConvShape& first = parts.front().shape;
@@ -70,6 +72,7 @@ void run(const std::vector<FusedPart>& parts, const Tensor& input,
                       static_cast<T*>(output.data_ptr()),
                       first.batch * first.pixels(),
                       first.outputs,
+                      relu,
                       0,
                       {}};
     std::vector<Tensor> weights;  // alive until the launch is enqueued
@@ -90,13 +93,16 @@ void run(const std::vector<FusedPart>& parts, const Tensor& input,
 
 void fused_forward(const char* op, const std::vector<FusedPart>& parts, const Tensor& input,
                    const std::optional<Tensor>& scales, const std::optional<Tensor>& bias,
-                   const Tensor& output) {
+                   bool relu, const Tensor& output) {
   check_fits(op, parts, input);
   if (output.numel() == 0) return;
-  if (input.scalar_type() == ScalarType::Half) {
-    run<__half>(parts, input, scales, bias, output);
-  } else {
-    run<__nv_bfloat16>(parts, input, scales, bias, output);
+  switch (input.scalar_type()) {
+    case ScalarType::Float:
+      return run<float>(parts, input, scales, bias, relu, output);
+    case ScalarType::Half:
+      return run<__half>(parts, input, scales, bias, relu, output);
+    default:
+      return run<__nv_bfloat16>(parts, input, scales, bias, relu, output);
   }
 }
 

@@ -1,5 +1,6 @@
 // The convolutions' other CUDA road: sampled on the fly into one matrix product on tensor cores,
-// for halves whose channels fill 16-byte chunks. Forward only; gradients take the common road.
+// for halves, and floats as TF32, whose channels fill 16-byte chunks. Forward only; gradients take
+// the common road.
 #pragma once
 
 #include <optional>
@@ -16,10 +17,10 @@ struct FusedPart {
   Tensor weight;
 };
 
-// Writes the outputs of all parts. Input (channels side by side), bias and scales (N, 2) dense.
-// Refuses what does not fit, saying why.
+// Writes the outputs of all parts, with `relu` none below 0. Input (channels side by side), bias
+// and scales (N, 2) dense. Refuses what does not fit, saying why.
 void fused_forward(const char* op, const std::vector<FusedPart>& parts, const Tensor& input,
                    const std::optional<Tensor>& scales, const std::optional<Tensor>& bias,
-                   const Tensor& output);
+                   bool relu, const Tensor& output);
 
 }  // namespace detkit::cuda

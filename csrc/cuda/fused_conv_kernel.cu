@@ -47,7 +47,7 @@ class Loader {
     if constexpr (kScaled) {
       DETKIT_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        auto* to = reinterpret_cast<Pack<T, kGemmPack>*>(stage + gemm_slot(row(i), own_chunk()));
+        auto* to = reinterpret_cast<Pack<T, kGemmPack<T>>*>(stage + gemm_slot(row(i), own_chunk()));
         *to = sampled(corners_[i]);
       }
     }
@@ -63,7 +63,7 @@ class Loader {
   const T* input_;
   int64_t group_, first_output_;
   GemmPixel<T> pixels_[kRows];
-  RawCorners<T, kGemmPack> corners_[kScaled ? kRows : 1];
+  RawCorners<T, kGemmPack<T>> corners_[kScaled ? kRows : 1];
 };
 
 // A warp's share of the tile: kBands fragments of 16 rows by four of 8 columns.
@@ -75,18 +75,19 @@ class WarpTile {
   __device__ void multiply(const uint4* stage) {
     const int lane = threadIdx.x % 32;
     DETKIT_UNROLL
-    for (int k = 0; k < kGemmDepth / 16; ++k) {
+    for (int chunk = 0; chunk < kGemmChunks; chunk += kGemmProduct) {
       uint32_t a[kBands][4], b[kPairs][4];
       DETKIT_UNROLL
       for (int i = 0; i < kBands; ++i) {
         const GemmCell cell = gemm_lane_a(lane);
-        load_matrices(a[i], stage + gemm_slot(first_row() + 16 * i + cell.row, 2 * k + cell.chunk));
+        load_matrices<T>(a[i],
+                         stage + gemm_slot(first_row() + 16 * i + cell.row, chunk + cell.chunk));
       }
       DETKIT_UNROLL
       for (int j = 0; j < kPairs; ++j) {
         const GemmCell cell = gemm_lane_b(lane);
-        load_matrices(b[j], stage + gemm_slot(kTile + first_column() + 16 * j + cell.row,
-                                              2 * k + cell.chunk));
+        load_matrices<T>(b[j], stage + gemm_slot(kTile + first_column() + 16 * j + cell.row,
+                                                 chunk + cell.chunk));
       }
       DETKIT_UNROLL
       for (int i = 0; i < kBands; ++i) {
@@ -99,7 +100,8 @@ class WarpTile {
     }
   }
 
-  // Adds the bias and rounds once. Neighbouring channels go out in pairs where they are aligned.
+  // Adds the bias, cuts at 0 if asked to, and rounds once. Neighbouring channels go out in pairs
+  // where they are aligned.
   __device__ void write(const FusedConv<T>& conv, const GemmPart<T>& part, int64_t group,
                         int64_t first_pixel, int64_t first_output) const {
     const int lane = threadIdx.x % 32;
@@ -117,10 +119,11 @@ class WarpTile {
           const bool both = output + 1 < part.group_out;
           const T* bias = conv.bias ? conv.bias + begin + output : nullptr;
           Pack<T, 2> pair{};
-          pair.value[0] = Cell<T>::store(sums_[i][j][u] + (bias ? Cell<T>::load(bias[0]) : 0.f));
-          if (both) {
-            pair.value[1] =
-                Cell<T>::store(sums_[i][j][u + 1] + (bias ? Cell<T>::load(bias[1]) : 0.f));
+          DETKIT_UNROLL
+          for (int v = 0; v < 2; ++v) {
+            if (v == 1 && !both) continue;
+            const float sum = sums_[i][j][u + v] + (bias ? Cell<T>::load(bias[v]) : 0.f);
+            pair.value[v] = Cell<T>::store(conv.relu ? rectified(sum) : sum);
           }
           T* to = conv.output + pixel * conv.outputs + begin + output;
           if (pairs && both) {
@@ -221,6 +224,7 @@ void fused_conv(FusedConv<T> conv, bool scaled, int processors, cudaStream_t str
   }
 }
 
+template void fused_conv(FusedConv<float>, bool, int, cudaStream_t);
 template void fused_conv(FusedConv<__half>, bool, int, cudaStream_t);
 template void fused_conv(FusedConv<__nv_bfloat16>, bool, int, cudaStream_t);
 

@@ -1,6 +1,7 @@
 // Convolutions as one matrix product on tensor cores that samples its operand as it goes: no
 // columns in memory, all parts of a split convolution in one launch. On raw device pointers; no
-// torch. Halves only, sums in float; sm_80 or later.
+// torch. Halves, or floats rounded to TF32 before they are multiplied; sums in float; sm_80 or
+// later. ReLU in the epilogue on request.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,6 +24,7 @@ struct FusedConv {
   T* output;
   int64_t pixels;   // of all samples
   int64_t outputs;  // channels of the output
+  bool relu;
   int parts;
   GemmPart<T> part[kGemmParts];
 };

@@ -17,7 +17,7 @@ Taps taps_of(const Tensor& scales) { return {{}, torch::stable::contiguous(scale
 
 Tensor scaled_conv2d(const Tensor& input, const Tensor& weight, const Tensor& scales,
                      const std::optional<Tensor>& bias, const Ints& stride, int64_t groups,
-                     int64_t algorithm) {
+                     int64_t algorithm, bool relu) {
   check_algorithm("scaled_conv2d", algorithm, true);
   const ConvShape shape = scaled_shape(input, weight, scales, bias, stride, groups);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
@@ -25,9 +25,10 @@ Tensor scaled_conv2d(const Tensor& input, const Tensor& weight, const Tensor& sc
   const Tensor x = side_by_side(input);
   const Taps taps = taps_of(scales);
   if (algorithm == kFused) {
-    fused_forward("scaled_conv2d", {{shape, {}, weight}}, x, taps.scales, dense(bias), output);
+    fused_forward("scaled_conv2d", {{shape, {}, weight}}, x, taps.scales, dense(bias), relu,
+                  output);
   } else {
-    tap_forward(shape, taps, x, weight, dense(bias), output);
+    tap_forward(shape, taps, x, weight, dense(bias), relu, output);
   }
   return laid_out(output, input);
 }

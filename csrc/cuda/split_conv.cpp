@@ -14,7 +14,7 @@ using Ints = std::vector<int64_t>;
 
 Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
                     const std::optional<Tensor>& bias, const Ints& dilations, const Ints& stride,
-                    int64_t groups, int64_t algorithm) {
+                    int64_t groups, int64_t algorithm, bool relu) {
   check_algorithm("split_conv2d", algorithm, true);
   const auto parts = split_parts(input, weights, bias, dilations, stride, groups);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
@@ -25,13 +25,13 @@ Tensor split_conv2d(const Tensor& input, const std::vector<Tensor>& weights,
     for (size_t i = 0; i < parts.size(); ++i) {
       fused.push_back({parts[i].shape, parts[i].taps, weights[i]});
     }
-    fused_forward("split_conv2d", fused, x, std::nullopt, all, output);
+    fused_forward("split_conv2d", fused, x, std::nullopt, all, relu, output);
     return laid_out(output, input);
   }
   for (size_t i = 0; i < parts.size(); ++i) {
     const ConvShape& shape = parts[i].shape;
     if (all) shift = torch::stable::narrow(*all, 0, shape.out_begin, weights[i].size(0));
-    tap_forward(shape, {parts[i].taps, std::nullopt}, x, weights[i], shift, output);
+    tap_forward(shape, {parts[i].taps, std::nullopt}, x, weights[i], shift, relu, output);
   }
   return laid_out(output, input);
 }

@@ -102,7 +102,7 @@ struct Road {
                   {shape.group_out, shape.outputs, 1});
   }
 
-  void forward(const Tensor& output, const std::optional<Tensor>& bias) const {
+  void forward(const Tensor& output, const std::optional<Tensor>& bias, bool relu) const {
     const Tensor buffer = column_buffer();
     T* columns = static_cast<T*>(buffer.data_ptr());
     const Tensor transposed = permuted(weight, {0, 2, 1});
@@ -111,9 +111,10 @@ struct Road {
       STD_CUDA_KERNEL_LAUNCH_CHECK();
       multiply(columns_view(buffer, chunk), transposed, outputs_view(output, chunk));
     }
-    if (bias) {
-      add_bias<T>(data(*bias), static_cast<T*>(output.data_ptr()), shape.batch * shape.pixels(),
-                  shape.outputs, shape.out_begin, shape.groups * shape.group_out, stream);
+    if (bias || relu) {
+      finish_outputs<T>(bias ? data(*bias) : nullptr, relu, static_cast<T*>(output.data_ptr()),
+                        shape.batch * shape.pixels(), shape.outputs, shape.out_begin,
+                        shape.groups * shape.group_out, stream);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   }
@@ -215,10 +216,11 @@ Tensor finish_weight(const std::optional<Tensor>& sum, const Tensor& weight) {
 }
 
 void tap_forward(const ConvShape& shape, const Taps& taps, const Tensor& input,
-                 const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& output) {
+                 const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
+                 const Tensor& output) {
   if (shape.batch * shape.pixels() * shape.groups * shape.group_out == 0) return;
   for_dtype(input.scalar_type(), [&](auto type) {
-    Road<decltype(type)>(shape, taps, input, weight).forward(output, bias);
+    Road<decltype(type)>(shape, taps, input, weight).forward(output, bias, relu);
   });
 }
 

@@ -39,9 +39,11 @@ std::optional<Tensor> grad_weight(const Tensor& weight, bool needed);
 Tensor finish_map(const std::optional<Tensor>& sum, const Tensor& input);
 Tensor finish_weight(const std::optional<Tensor>& sum, const Tensor& weight);
 
-// Writes the output channels of `shape`; input and output are side by side.
+// Writes the output channels of `shape`, with `relu` none below 0; input and output are side by
+// side.
 void tap_forward(const ConvShape& shape, const Taps& taps, const Tensor& input,
-                 const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& output);
+                 const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
+                 const Tensor& output);
 
 // Adds to the sums that are given; returns the gradients of the scales, (N, 2) if needed.
 std::optional<Tensor> tap_backward(const ConvShape& shape, const Taps& taps, const Tensor& grad,

@@ -114,12 +114,14 @@ __global__ void scale_kernel(const TapPlan<compute_t<T>> plan, const Chunk chunk
 }
 
 template <typename T>
-__global__ void bias_kernel(const T* __restrict__ bias, T* __restrict__ output, int64_t pixels,
-                            int64_t outputs, int64_t begin, int64_t size) {
+__global__ void finish_kernel(const T* __restrict__ bias, bool relu, T* __restrict__ output,
+                              int64_t pixels, int64_t outputs, int64_t begin, int64_t size) {
+  using A = compute_t<T>;
   DETKIT_GRID_STRIDE(index, pixels * size) {
     const int64_t channel = index % size;
     T& to = output[index / size * outputs + begin + channel];
-    to = Cell<T>::store(Cell<T>::load(to) + Cell<T>::load(bias[channel]));
+    const A sum = Cell<T>::load(to) + (bias ? Cell<T>::load(bias[channel]) : A(0));
+    to = Cell<T>::store(relu ? rectified(sum) : sum);
   }
 }
 
@@ -175,10 +177,10 @@ void scale_partials(const TapPlan<compute_t<T>>& plan, Chunk chunk, const T* inp
 }
 
 template <typename T>
-void add_bias(const T* bias, T* output, int64_t pixels, int64_t outputs, int64_t begin,
-              int64_t size, cudaStream_t stream) {
-  bias_kernel<T><<<blocks_for(pixels * size), kThreads, 0, stream>>>(bias, output, pixels, outputs,
-                                                                     begin, size);
+void finish_outputs(const T* bias, bool relu, T* output, int64_t pixels, int64_t outputs,
+                    int64_t begin, int64_t size, cudaStream_t stream) {
+  finish_kernel<T><<<blocks_for(pixels * size), kThreads, 0, stream>>>(bias, relu, output, pixels,
+                                                                       outputs, begin, size);
 }
 
 template <typename T>
@@ -193,7 +195,8 @@ void accumulate(const T* from, compute_t<T>* sum, int64_t size, cudaStream_t str
                                   cudaStream_t);                                                \
   template void scale_partials<T>(const TapPlan<compute_t<T>>&, Chunk, const T*, const T*,      \
                                   compute_t<T>*, cudaStream_t);                                 \
-  template void add_bias<T>(const T*, T*, int64_t, int64_t, int64_t, int64_t, cudaStream_t);    \
+  template void finish_outputs<T>(const T*, bool, T*, int64_t, int64_t, int64_t, int64_t,       \
+                                  cudaStream_t);                                                \
   template void accumulate<T>(const T*, compute_t<T>*, int64_t, cudaStream_t);
 
 DETKIT_INSTANTIATE(double)

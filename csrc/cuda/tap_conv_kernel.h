@@ -55,10 +55,11 @@ template <typename T>
 void scale_partials(const TapPlan<compute_t<T>>& plan, Chunk chunk, const T* input,
                     const T* columns, compute_t<T>* partials, cudaStream_t stream);
 
-// output (pixels, outputs)[:, begin : begin + size] += bias (size).
+// output (pixels, outputs)[:, begin : begin + size] += bias (size) where there is one; with `relu`
+// none of it below 0.
 template <typename T>
-void add_bias(const T* bias, T* output, int64_t pixels, int64_t outputs, int64_t begin,
-              int64_t size, cudaStream_t stream);
+void finish_outputs(const T* bias, bool relu, T* output, int64_t pixels, int64_t outputs,
+                    int64_t begin, int64_t size, cudaStream_t stream);
 
 // sum += from
 template <typename T>

@@ -101,7 +101,7 @@ TEST(dilated_conv_equals_loops) {
     const auto run = [&](const Map& input, const Map& weight) {
       return Map(call1("detkit::dilated_conv2d", "", input.tensor(), weight.tensor(),
                        std::optional<Tensor>(bias.tensor()), s.stride, padding, dilation, s.groups,
-                       int64_t(0)));
+                       int64_t(0), false));
     };
     const Map y = run(x, w);
     for (size_t i = 0; i < y.values.size(); ++i) {
@@ -136,7 +136,7 @@ TEST(scaled_conv_gradients_are_slopes) {
     for (size_t i = 0; i < scales.values.size(); ++i) scales.values[i] = 0.3 + 0.37 * double(i % 9);
     const auto run = [&](const Map& input, const Map& weight, const Map& at) {
       return Map(call1("detkit::scaled_conv2d", "", input.tensor(), weight.tensor(), at.tensor(),
-                       std::optional<Tensor>(), s.stride, s.groups, int64_t(0)));
+                       std::optional<Tensor>(), s.stride, s.groups, int64_t(0), false));
     };
     const Map y = run(x, w, scales), g(y.sizes, 4);
     const auto grads = backward("detkit::_scaled_conv2d_backward", 3, g.tensor(), x.tensor(),
@@ -152,10 +152,10 @@ TEST(split_conv_is_its_parts) {
   const Ints stride{2, 1}, dilations{2, 1, 0, 3};
   const std::vector<Tensor> weights{a.tensor(), b.tensor()};
   const Map y(call1("detkit::split_conv2d", "", x.tensor(), weights, std::optional<Tensor>(),
-                    dilations, stride, int64_t(1), int64_t(0)));
+                    dilations, stride, int64_t(1), int64_t(0), false));
   const auto part = [&](const Map& w, Ints padding, Ints dilation) {
     return Map(call1("detkit::dilated_conv2d", "", x.tensor(), w.tensor(), std::optional<Tensor>(),
-                     stride, padding, dilation, int64_t(1), int64_t(0)));
+                     stride, padding, dilation, int64_t(1), int64_t(0), false));
   };
   const Map first = part(a, {2, 1}, {2, 1}), second = part(b, {0, 3}, {1, 3});
   for (int64_t n = 0; n < 2; ++n) {
@@ -183,15 +183,15 @@ TEST(convolutions_refuse_what_does_not_fit) {
   };
   CHECK(refuses([&] {  // the kernel does not fit into the input
     call1("detkit::dilated_conv2d", "", x.tensor(), w.tensor(), std::optional<Tensor>(), one, none,
-          three, int64_t(1), int64_t(0));
+          three, int64_t(1), int64_t(0), false);
   }));
   CHECK(refuses([&] {  // 4 channels in 3 groups
     call1("detkit::scaled_conv2d", "", x.tensor(), w.tensor(), scales.tensor(),
-          std::optional<Tensor>(), one, int64_t(3), int64_t(0));
+          std::optional<Tensor>(), one, int64_t(3), int64_t(0), false);
   }));
   CHECK(refuses([&] {  // a 3x3 kernel at dilation 0
     const std::vector<Tensor> weights{w.tensor()};
     call1("detkit::split_conv2d", "", x.tensor(), weights, std::optional<Tensor>(), none, one,
-          int64_t(1), int64_t(0));
+          int64_t(1), int64_t(0), false);
   }));
 }

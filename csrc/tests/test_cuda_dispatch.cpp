@@ -277,7 +277,12 @@ TEST(dilated_conv2d) {
       for (const Tensor& x : {input, channels_last(input)}) {
         const auto outputs = compare("dilated_conv2d", 1, 10 * tolerance(type), x, weight,
                                      std::optional<Tensor>(bias), Ints{2, 1}, Ints{2, 3},
-                                     Ints{2, 3}, groups, int64_t(0));
+                                     Ints{2, 3}, groups, int64_t(0), false);
+        for (const auto& shift : {std::optional<Tensor>(bias), kNoBias}) {
+          const auto cut = compare("dilated_conv2d", 1, 10 * tolerance(type), x, weight, shift,
+                                   Ints{2, 1}, Ints{2, 3}, Ints{2, 3}, groups, int64_t(0), true);
+          for (const double y : values(cut[0])) CHECK(y >= 0);
+        }
         compare("_dilated_conv2d_backward", 2, 40 * tolerance(type), outputs[0], x, weight,
                 Ints{2, 1}, Ints{2, 3}, Ints{2, 3}, groups, true, true);
       }
@@ -295,7 +300,9 @@ TEST(scaled_conv2d) {
         const Tensor input = random({2, channels, 9, 7}, type, 8);
         const Tensor weight = random({6, channels / groups, 3, 3}, type, 9);
         const auto outputs = compare("scaled_conv2d", 1, 10 * tolerance(type), input, weight,
-                                     scales, kNoBias, Ints{1, 2}, groups, int64_t(0));
+                                     scales, kNoBias, Ints{1, 2}, groups, int64_t(0), false);
+        compare("scaled_conv2d", 1, 10 * tolerance(type), input, weight, scales, kNoBias,
+                Ints{1, 2}, groups, int64_t(0), true);
         compare("_scaled_conv2d_backward", 3, 100 * tolerance(type), random({2, 6, 9, 4}, type, 10),
                 input, weight, scales, Ints{1, 2}, groups, true, true, true);
         CHECK(outputs[0].size(2) == 9 && outputs[0].size(3) == 4);
@@ -313,24 +320,35 @@ TEST(split_conv2d) {
     const std::vector<Tensor> weights{random({3, 8, 3, 3}, type, 13),
                                       random({2, 8, 3, 3}, type, 14),
                                       random({1, 8, 1, 3}, type, 15)};
-    compare("split_conv2d", 1, 10 * tolerance(type), input, weights,
-            std::optional<Tensor>(random({6}, type, 16)), dilations, stride, int64_t(1),
-            int64_t(0));
+    for (const bool relu : {false, true}) {
+      compare("split_conv2d", 1, 10 * tolerance(type), input, weights,
+              std::optional<Tensor>(random({6}, type, 16)), dilations, stride, int64_t(1),
+              int64_t(0), relu);
+    }
   }
 }
 
 namespace {
 
-// The fused CUDA operator against the CPU's, which has no such algorithm.
+// The fused CUDA operator against the CPU's, which has no such algorithm; both with ReLU or
+// without.
 template <class... Args>
 void compare_fused(const std::string& op, double tolerance, const Args&... args) {
-  auto fused = call("detkit_emulated::" + op, args..., int64_t(1));
-  auto expected = call("detkit::" + op, args..., int64_t(0));
-  check_same(op + ", fused", boxed::to<Tensor>(fused[0]), boxed::to<Tensor>(expected[0]),
-             tolerance);
+  for (const bool relu : {false, true}) {
+    auto fused = call("detkit_emulated::" + op, args..., int64_t(1), relu);
+    auto expected = call("detkit::" + op, args..., int64_t(0), relu);
+    check_same(op + ", fused", boxed::to<Tensor>(fused[0]), boxed::to<Tensor>(expected[0]),
+               tolerance);
+  }
 }
 
-const std::vector<ScalarType> kHalves{ScalarType::Half, ScalarType::BFloat16};
+const std::vector<ScalarType> kFusedTypes{ScalarType::Float, ScalarType::Half,
+                                          ScalarType::BFloat16};
+
+// Floats are multiplied with the mantissa of a half.
+double fused_tolerance(ScalarType type) {
+  return 4 * tolerance(type == ScalarType::Float ? ScalarType::Half : type);
+}
 
 }  // namespace
 
@@ -353,30 +371,45 @@ TEST(fused_dilated_conv2d) {
   };
   unsigned seed = 30;
   for (const Case& c : cases) {
-    for (const ScalarType type : kHalves) {
+    for (const ScalarType type : kFusedTypes) {
       const Tensor x = random({c.batch, c.channels, c.height, c.width}, type, ++seed);
       const Tensor weight =
           random({c.outputs, c.channels / c.groups, c.kernel, c.kernel}, type, ++seed);
       const auto bias = std::optional(random({c.outputs}, type, ++seed));
       for (const auto& shift : {bias, kNoBias}) {
-        compare_fused("dilated_conv2d", 4 * tolerance(type), x, weight, shift, c.stride, c.padding,
-                      c.dilation, c.groups);
+        compare_fused("dilated_conv2d", fused_tolerance(type), x, weight, shift, c.stride,
+                      c.padding, c.dilation, c.groups);
       }
     }
   }
 }
 
+// Floats are rounded to the nearest number of 10 bits of mantissa before they are multiplied.
+TEST(fused_rounds_floats_to_tf32) {
+  const auto product = [](double x, double w) {
+    const Tensor a = tensor(std::vector<double>(4, x), {1, 4, 1, 1}, ScalarType::Float);
+    const Tensor b = tensor({w, 0, 0, 0}, {1, 4, 1, 1}, ScalarType::Float);
+    return values(
+        boxed::to<Tensor>(call("detkit_emulated::dilated_conv2d", a, b, kNoBias, Ints{1, 1},
+                               Ints{0, 0}, Ints{1, 1}, int64_t(1), int64_t(1), false)[0]))[0];
+  };
+  const double step = std::ldexp(1.0, -10);
+  CHECK(product(1 + 0.75 * step, 1) == 1 + step);
+  CHECK(product(1 + 0.25 * step, 1) == 1);
+  CHECK(product(-3, 1 + 0.5 * step) == -3 * (1 + step));
+}
+
 TEST(fused_scaled_conv2d) {
   const Tensor scales = tensor({2.37, 1.61, 0.4, 3.0, -1.5, 40.0}, {3, 2}, ScalarType::Float);
-  for (const ScalarType type : kHalves) {
+  for (const ScalarType type : kFusedTypes) {
     for (const auto& [channels, outputs, groups] :
          {Ints3{8, 5, 1}, Ints3{48, 70, 1}, Ints3{32, 12, 2}}) {
       const Tensor x = random({3, channels, 9, 11}, type, 50);
       const Tensor weight = random({outputs, channels / groups, 3, 3}, type, 51);
       const auto bias = std::optional(random({outputs}, type, 52));
-      compare_fused("scaled_conv2d", 4 * tolerance(type), channels_last(x), weight, scales, bias,
+      compare_fused("scaled_conv2d", fused_tolerance(type), channels_last(x), weight, scales, bias,
                     Ints{1, 1}, groups);
-      compare_fused("scaled_conv2d", 4 * tolerance(type), x, weight, scales, kNoBias, Ints{2, 3},
+      compare_fused("scaled_conv2d", fused_tolerance(type), x, weight, scales, kNoBias, Ints{2, 3},
                     groups);
     }
   }
@@ -389,7 +422,7 @@ TEST(fused_scaled_conv2d_of_a_non_finite_scale) {
   const Tensor x = random({2, 8, 6, 5}, ScalarType::Half, 53);
   const Tensor weight = random({4, 8, 3, 3}, ScalarType::Half, 54);
   auto fused = call("detkit_emulated::scaled_conv2d", x, weight, scales, kNoBias, Ints{1, 1},
-                    int64_t(1), int64_t(1));
+                    int64_t(1), int64_t(1), true);
   const auto y = values(boxed::to<Tensor>(fused[0]));
   for (size_t i = 0; i < y.size(); ++i) CHECK(std::isnan(y[i]) == (i < y.size() / 2));
 }
@@ -397,13 +430,13 @@ TEST(fused_scaled_conv2d_of_a_non_finite_scale) {
 // More parts than a launch takes, each with its own kernel, dilation and end of a tile.
 TEST(fused_split_conv2d) {
   const Ints dilations{1, 1, 2, 3, 0, 2, 4, 4, 1, 1};
-  for (const ScalarType type : kHalves) {
+  for (const ScalarType type : kFusedTypes) {
     const Tensor x = random({2, 16, 9, 7}, type, 60);
     const std::vector<Tensor> weights{
         random({3, 16, 3, 3}, type, 61), random({66, 16, 3, 3}, type, 62),
         random({5, 16, 1, 3}, type, 63), random({64, 16, 5, 3}, type, 64),
         random({2, 16, 1, 1}, type, 65)};
-    compare_fused("split_conv2d", 4 * tolerance(type), x, weights,
+    compare_fused("split_conv2d", fused_tolerance(type), x, weights,
                   std::optional<Tensor>(random({140}, type, 66)), dilations, Ints{1, 2},
                   int64_t(1));
   }
@@ -413,15 +446,16 @@ TEST(fused_refuses_what_does_not_fit) {
   const auto refuses = [](const Tensor& x, const Tensor& weight) {
     try {
       call("detkit_emulated::dilated_conv2d", x, weight, kNoBias, Ints{1, 1}, Ints{1, 1},
-           Ints{1, 1}, int64_t(1), int64_t(1));
+           Ints{1, 1}, int64_t(1), int64_t(1), false);
     } catch (const std::exception&) {
       return true;
     }
     return false;
   };
-  for (const auto type : {ScalarType::Float, ScalarType::Double}) {
-    CHECK(refuses(random({1, 8, 5, 5}, type, 1), random({4, 8, 3, 3}, type, 2)));
+  CHECK(refuses(random({1, 8, 5, 5}, ScalarType::Double, 1),
+                random({4, 8, 3, 3}, ScalarType::Double, 2)));
+  for (const auto& [type, channels] :
+       {std::pair(ScalarType::Half, 12), std::pair(ScalarType::Float, 6)}) {
+    CHECK(refuses(random({1, channels, 5, 5}, type, 1), random({4, channels, 3, 3}, type, 2)));
   }
-  CHECK(refuses(random({1, 12, 5, 5}, ScalarType::Half, 1),
-                random({4, 12, 3, 3}, ScalarType::Half, 2)));
 }

@@ -32,16 +32,18 @@ def bench_ops(
     threads: Sequence[int] = (),
     only: Collection[str] = (),
     seconds: float = 1.0,
-    on_row: Callable[[Row], None] | None = None,
+    on_row: Callable[[Row, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Time the operators on one device.
+
+    On CUDA fp32 is multiplied as it is, by peers too: torch's convolutions would round to TF32.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:<index>``.
         threads: CPU thread counts, by default one and all; none on CUDA.
         only: Operators; all by default.
         seconds: Time per row beside its least number of rounds.
-        on_row: Called with each row when it is ready.
+        on_row: Called with each row when it is ready, and the result as far as it is.
 
     Returns:
         ``hardware``, ``peers`` (versions), ``limits`` (by thread count, see
@@ -66,9 +68,11 @@ def bench_ops(
     counts = list(threads) or sorted({1, os.cpu_count() or 1})
     cases = [case for case in all_cases() if not only or case.op in only]
     peers, before = load_peers(), torch.get_num_threads()
+    rounding = torch.backends.cudnn.allow_tf32
     result: dict[str, Any] = {"hardware": machine(device), "peers": versions(peers)}
     result |= {"limits": {}, "rows": []}
     try:
+        torch.backends.cudnn.allow_tf32 = False
         for count in counts if place.type == "cpu" else [before]:
             torch.set_num_threads(count)
             reached = result["limits"][str(count)] = limits(place)
@@ -76,8 +80,9 @@ def bench_ops(
                 row = measure(case, Setting(place, count, peers), seconds, reached)
                 result["rows"].append(row)
                 if on_row is not None:
-                    on_row(row)
+                    on_row(row, result)
     finally:
+        torch.backends.cudnn.allow_tf32 = rounding
         torch.set_num_threads(before)
     result["hardware"]["load_after"] = os.getloadavg()[0]
     return result

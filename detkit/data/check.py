@@ -10,7 +10,7 @@ from detkit.config import DataConfig
 from detkit.data import folder
 from detkit.data.clean import clean
 from detkit.data.images import load_image
-from detkit.data.open import SYNTHETIC, layout, open_detection, read_raw, splits
+from detkit.data.open import SYNTHETIC, layout, open_detection, read_raw, splits, unions
 from detkit.data.problems import RULES, Report
 from detkit.data.raw import CleanOptions
 from detkit.errors import DataError
@@ -29,6 +29,8 @@ class CheckReport:
     path: str
     layout: str
     splits: dict[str, Report]
+    unions: tuple[str, ...] = ()
+    """Splits left out, since all their images are in others."""
 
     @property
     def problems(self) -> int:
@@ -44,6 +46,7 @@ class CheckReport:
             "problems": self.problems,
             "splits": {name: report.to_plain() for name, report in self.splits.items()},
             "rules": {rule: RULES[rule] for rule in broken},
+            "unions": list(self.unions),
         }
 
 
@@ -52,7 +55,7 @@ def check(path: str, split: str | None = None, config: DataConfig | None = None)
 
     Args:
         path: Folder, annotation file, or ``synthetic``.
-        split: One split; None checks all that the set has.
+        split: One split; None checks all, but those whose images are all in others.
         config: Pixel limit and image folder; the defaults without.
 
     Raises:
@@ -61,10 +64,12 @@ def check(path: str, split: str | None = None, config: DataConfig | None = None)
     """
     config = config or DataConfig()
     kind = layout(path)
-    names = [split] if split is not None else splits(path)
+    left_out = unions(path) if split is None else []
+    names = [split] if split is not None else [n for n in splits(path) if n not in left_out]
     if not names:
         raise DataError(f"{path}: must have at least one split, got none")
-    return CheckReport(path, kind, {n: _check_split(path, kind, n, config) for n in names})
+    reports = {n: _check_split(path, kind, n, config) for n in names}
+    return CheckReport(path, kind, reports, tuple(left_out))
 
 
 def _check_split(path: str, kind: str, split: str, config: DataConfig) -> Report:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detkit.config import suggest
 from detkit.data.raw import RawSet
 from detkit.errors import DataError
 from detkit.types import CategoryMap
@@ -96,10 +97,10 @@ def _find_one(path: Path, split: str) -> list[Part]:
                 for f, n in zip(files, names, strict=True)
                 if f is not None
             ]
-    have = ", ".join(dict.fromkeys(splits(path))) or "no annotation file"
-    raise DataError(
-        f"{path}: annotations of split {split!r} must exist, got {have}; expected\n{EXPECTED}"
-    )
+    known = splits(path)
+    have = ", ".join(known) or "no annotation file"
+    hint = suggest(split, known) or f"; expected\n{EXPECTED}"
+    raise DataError(f"{path}: annotations of split {split!r} must exist, got {have}{hint}")
 
 
 def _annotation_folder(path: Path) -> Path:

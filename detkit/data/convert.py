@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detkit.config import DataConfig
+from detkit.config import DataConfig, suggest
 from detkit.data import masks, write
 from detkit.data.check import CheckReport, decode
 from detkit.data.clean import clean, require_usable
@@ -200,7 +200,10 @@ def _read_all(
     known = splits(source)
     for name in only:
         if name not in known:
-            raise DataError(f"{source}: --split must be one of {', '.join(known)}, got {name!r}")
+            raise DataError(
+                f"{source}: --split must be one of {', '.join(known)}, got {name!r}"
+                f"{suggest(name, known)}"
+            )
     found = []
     for name in only or known:
         raw = read_raw(source, kind, name, config)

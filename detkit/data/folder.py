@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from detkit.config import suggest
 from detkit.data.images import check_complete, confine, is_image_name, read_header
 from detkit.data.problems import ImageFileError, Report
 from detkit.errors import DataError
@@ -54,9 +55,11 @@ def read(
     """
     root = _split_folder(path, split)
     if root is None:
-        have = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "no folder"
+        folders = sorted(p.name for p in path.iterdir() if p.is_dir())
+        hint = suggest(split, folders) or f"; expected\n{EXPECTED}"
         raise DataError(
-            f"{path}: a folder for split {split!r} must exist, got {have}; expected\n{EXPECTED}"
+            f"{path}: a folder for split {split!r} must exist, "
+            f"got {', '.join(folders) or 'no folder'}{hint}"
         )
     train = _split_folder(path, "train") or root
     classes = _class_names(train)

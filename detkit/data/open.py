@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detkit.config import DataConfig
+from detkit.config import DataConfig, suggest
 from detkit.data import coco, folder, synthetic, voc, yolo
 from detkit.data.clean import clean, require_masks, require_usable
 from detkit.data.dataset import ClassificationDataset, DetectionDataset
@@ -59,6 +59,11 @@ def splits(path: str) -> list[str]:
         return list(synthetic.IMAGES)
     modules = {"coco": coco.splits, "voc": voc.splits, "yolo": yolo.splits, "folder": folder.splits}
     return modules[kind](Path(path))
+
+
+def unions(path: str) -> list[str]:
+    """Splits at ``path`` that hold nothing of their own: VOC's lists of others' images."""
+    return voc.unions(Path(path)) if layout(path) == "voc" else []
 
 
 def open_detection(
@@ -163,6 +168,7 @@ def _synthetic_classification(split: str) -> ClassificationDataset:
     if not count:
         raise DataError(
             f"synthetic: split must be one of {', '.join(synthetic.CROPS)}, got {split!r}"
+            f"{suggest(split, synthetic.CROPS)}"
         )
     pairs = [synthetic.crop(split, i) for i in range(count)]
     side = synthetic.CROP_SIZE

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.random import PCG64, SeedSequence
 from numpy.typing import NDArray
 
+from detkit.config import suggest
 from detkit.data.masks import encode_counts
 from detkit.errors import ConfigError
 from detkit.types import CategoryMap
@@ -288,7 +289,10 @@ def content(
 ) -> tuple[dict[str, Any], Iterator[Scene]]:
     """A COCO json with the categories only, and the scenes for :func:`add_to` to fill it with."""
     if split not in _SPLITS:
-        raise ConfigError(f"synthetic: split must be one of {', '.join(_SPLITS)}, got {split!r}")
+        raise ConfigError(
+            f"synthetic: split must be one of {', '.join(_SPLITS)}, got {split!r}"
+            f"{suggest(split, _SPLITS)}"
+        )
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASSES, 1)]
     empty: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     return empty, (scene(split, i, size=size, sides=sides, seed=seed) for i in range(count))

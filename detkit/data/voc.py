@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from detkit.config import suggest
 from detkit.data.images import is_image_name
 from detkit.data.problems import Problem
 from detkit.data.raw import RawSet
@@ -48,18 +49,36 @@ def splits(path: Path) -> list[str]:
     return [n for n in names if n.rpartition("_")[2] not in names or "_" not in n]
 
 
+def unions(path: Path) -> list[str]:
+    """Splits whose images all stand in smaller ones, as those of ``trainval`` do."""
+    lists = {name: set(_stems(_listing(path, name))) for name in splits(path)}
+    smaller = {
+        name: [other for other in lists.values() if len(other) < len(own)]
+        for name, own in lists.items()
+    }
+    return [name for name, own in lists.items() if own and own <= set().union(*smaller[name])]
+
+
+def _listing(path: Path, split: str) -> Path:
+    return path / "ImageSets" / "Main" / f"{split}.txt"
+
+
+def _stems(listing: Path) -> list[str]:
+    lines = listing.read_text(encoding="utf-8").splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
+
+
 def read(path: Path, split: str) -> RawSet:
     """One split as a raw set; its categories are the sorted class names of every annotation file.
 
     Raises:
         DataError: no list for this split, or no object in the whole set.
     """
-    listing = path / "ImageSets" / "Main" / f"{split}.txt"
+    listing = _listing(path, split)
     if not listing.is_file():
         have = ", ".join(splits(path)) or "no list"
-        raise DataError(
-            f"{path}: ImageSets/Main/{split}.txt must exist, got {have}; expected\n{EXPECTED}"
-        )
+        hint = suggest(split, splits(path)) or f"; expected\n{EXPECTED}"
+        raise DataError(f"{path}: ImageSets/Main/{split}.txt must exist, got {have}{hint}")
     sheets = {p.stem: _read_sheet(p) for p in sorted((path / "Annotations").glob("*.xml"))}
     names = sorted({name for sheet in sheets.values() for name, _, _ in sheet.objects if name})
     if not names:
@@ -68,8 +87,7 @@ def read(path: Path, split: str) -> RawSet:
     categories = CategoryMap(names)
     raw = RawSet(categories, [], [], [(path / "JPEGImages").resolve()], str(listing), bare=True)
     ids = {name: k for k, name in enumerate(names, 1)}
-    lines = listing.read_text(encoding="utf-8").splitlines()
-    stems = [line.split()[0] for line in lines if line.strip()]
+    stems = _stems(listing)
     for number, stem in enumerate(stems, 1):
         sheet = sheets.get(stem, _Sheet(fault="no such file"))
         _add(raw, number, stem, files.get(stem, f"{stem}.jpg"), sheet, ids)

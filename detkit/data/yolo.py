@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detkit.config import suggest
 from detkit.data.images import confine, is_image_name, read_header
 from detkit.data.problems import ImageFileError, Problem
 from detkit.data.raw import RawSet
@@ -58,7 +59,8 @@ def read(path: Path, split: str, *, max_pixels: int) -> RawSet:
     layout = _layout(path)
     if split not in layout.splits:
         have = ", ".join(layout.splits) or "none"
-        raise DataError(f"{path}: split {split!r} must exist, got {have}; expected\n{EXPECTED}")
+        hint = suggest(split, layout.splits) or f"; expected\n{EXPECTED}"
+        raise DataError(f"{path}: split {split!r} must exist, got {have}{hint}")
     pairs = [pair for source in layout.splits[split] for pair in _listed(source)]
     roots = sorted({root for root, _ in pairs})
     names = layout.names

@@ -6,12 +6,15 @@ are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from detkit.config import Config
 from detkit.models.backbones.base import Backbone
@@ -19,6 +22,41 @@ from detkit.models.classifier import Classifier
 from detkit.models.zoo import build_backbone, build_detector
 
 _KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+_VALUES_ALONE = (
+    F.batch_norm,
+    nn.init.kaiming_normal_,
+    nn.init.kaiming_uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    Tensor.normal_,
+    Tensor.uniform_,
+)
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out batch norms and random weights: on the meta device both are slow Python code."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """The tensor as it is, of a function that changes values and no shape."""
+        named = kwargs or {}
+        if func in _VALUES_ALONE:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """The meta device for models that are built to be counted: twice as fast as it alone."""
+    with torch.device("meta"), _NoValues():
+        yield
 
 
 @dataclass(frozen=True)
@@ -33,7 +71,8 @@ class Part:
 def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, int]:
     """Multiply-adds of each layer with products of ``model`` while ``run`` executes it.
 
-    Layers are Conv2d, ConvTranspose2d, Linear, and whatever has a method ``macs(output)``.
+    Layers are Conv2d, ConvTranspose2d, Linear, and whatever has a method ``macs(output)``. Batch
+    norms are left out of the run: its numbers mean nothing, its shapes everything.
     """
     macs: dict[nn.Module, int] = {}
 
@@ -50,7 +89,7 @@ def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[nn.Modul
     layers = [m for m in model.modules() if isinstance(m, _KINDS) or hasattr(m, "macs")]
     handles = [m.register_forward_hook(add) for m in layers]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _NoValues():
             run()
     finally:
         for handle in handles:
@@ -86,7 +125,7 @@ def count_classifier(
     Returns:
         Parts ``total``, ``stage1`` (the stem), ``stage2``, ... and ``fc``.
     """
-    with torch.device("meta"):
+    with shapes_only():
         model = Classifier(backbone, num_classes).eval()
         images = torch.empty(1, 3, side, side)
     macs = macs_by_module(model, lambda: model.classify(images))
@@ -98,7 +137,7 @@ def count_classifier(
 
 def count_backbone(name: str, num_classes: int = 1000, side: int = 224) -> dict[str, Part]:
     """:func:`count_classifier` of a named backbone; raises ConfigError for an unknown name."""
-    with torch.device("meta"):
+    with shapes_only():
         backbone = build_backbone(name)
     return count_classifier(backbone, num_classes, side)
 
@@ -119,7 +158,7 @@ def count_detector(
         Parts ``total``, ``backbone``, ``neck``, ``head`` and, of two stages, ``rpn``, with masks
         ``mask_head``.
     """
-    with torch.device("meta"):
+    with shapes_only():
         model = build_detector(config, num_classes).eval()
         images = torch.empty(1, 3, height, width)
 

@@ -14,6 +14,8 @@ from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
 
 from detkit.config import suggest
 from detkit.errors import ConfigError
+from detkit.ops import dilated_conv2d
+from detkit.ops._autotune import may_choose
 
 Norm = Callable[[int], nn.Module]
 """Makes the layer for a number of channels."""
@@ -69,6 +71,27 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         return _scaled(cast(nn.Conv2d, conv), cast(FrozenBatchNorm2d, norm), x)
     out: Tensor = norm(conv(x))
     return out
+
+
+def conv_norm_relu(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``relu(norm(conv(x)))``; one operator where the norm has been folded into a convolution that
+    can end with a ReLU: one of detkit's (``rectifies``), or on CUDA a dilated one.
+    """
+    if isinstance(norm, nn.Identity) and not _hooked(conv, norm):
+        if getattr(conv, "rectifies", False):
+            out: Tensor = conv(x, relu=True)
+            return out
+        if type(conv) is nn.Conv2d and _measured_on_cuda(conv, x):
+            return dilated_conv2d(
+                x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+                relu=True,
+            )  # fmt: skip
+    return F.relu_(conv_norm(conv, norm, x))
+
+
+def _measured_on_cuda(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the fastest way is chosen among torch's own convolution and ours."""
+    return max(conv.dilation) > 1 and conv.padding_mode == "zeros" and may_choose(x)
 
 
 def _scaled(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from detkit.errors import ConfigError
 
 AUTOTUNE_MODES = ("off", "proven", "all")
 COLUMNS, FUSED, VENDOR = "columns", "fused", "vendor"
-FUSED_ALGORITHM = 1
-"""The native operators' argument ``algorithm`` of the fused kernels; 0 is columns."""
+ALGORITHMS = {COLUMNS: 0, FUSED: 1}
+"""The native operators' argument ``algorithm``."""
 
 Way = Callable[..., Tensor]
 
@@ -113,7 +113,7 @@ def pick(
     if len(ways) == 1:
         return COLUMNS
     wanted = _wants_gradients(tensors)
-    key = (op, settings, wanted, _autocast_dtype(), *map(_identity, tensors))
+    key = (op, settings, tuple(ways), wanted, _autocast_dtype(), *map(_identity, tensors))
     if key not in _choices:
         if torch.cuda.is_current_stream_capturing():
             return COLUMNS
@@ -125,13 +125,18 @@ def pick(
 
 
 def fused_fits(input: Tensor, group_in: int) -> bool:
-    """Whether the fused kernels take this input: halves in packs of 8 channels, sm_80 or later."""
+    """Whether the fused kernels take this input: packs of 16 bytes of channels, sm_80 or later;
+    float32 only where torch's own convolutions may round it to TF32 as well.
+    """
     dtype = _autocast_dtype() or input.dtype
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    tf32 = conv.fp32_precision == "tf32"
+    dtypes = {torch.float16, torch.bfloat16} | ({torch.float32} if tf32 else set())
     return (
         input.is_cuda
-        and dtype in (torch.float16, torch.bfloat16)
+        and dtype in dtypes
         and group_in > 0
-        and group_in % 8 == 0
+        and group_in % (16 // dtype.itemsize) == 0
         and torch.cuda.get_device_capability(input.device) >= (8, 0)
     )
 
@@ -208,9 +213,10 @@ def _agree(ours: Tensor, expected: Tensor) -> bool:
 def _milliseconds(way: Way, inputs: Sequence[Tensor | None]) -> float:
     """Of one call, from several enqueued back to back."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(_CALLS):
-        _outputs(way, inputs)
-    stop.record()
+    with torch.cuda.device(inputs[0].device):  # type: ignore[union-attr]  # whose stream it is
+        start.record()
+        for _ in range(_CALLS):
+            _outputs(way, inputs)
+        stop.record()
     stop.synchronize()
     return float(start.elapsed_time(stop)) / _CALLS

@@ -85,18 +85,32 @@ def empty_grad(tensor: Tensor, needed: bool) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=format)
 
 
-def save_input(ctx: Any, input: Tensor, needed: bool, *others: Tensor) -> None:
-    """Save ``others`` for backward, and ``input``, or just its shape if that is all it needs."""
-    ctx.save_for_backward(*((input,) if needed else ()), *others)
-    ctx.input_saved = needed
+def save_input(
+    ctx: Any, input: Tensor, needed: bool, *others: Tensor, rectified: Tensor | None = None
+) -> None:
+    """Save ``others`` for backward, and ``input``, or just its shape if that is all it needs; the
+    output where it was ``rectified``.
+    """
+    last = () if rectified is None else (rectified,)
+    ctx.save_for_backward(*((input,) if needed else ()), *others, *last)
+    ctx.input_saved, ctx.rectified = needed, rectified is not None
     ctx.input_shape, ctx.input_format = input.shape, memory_format(input)
 
 
 def saved_input(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     """The tensors of :func:`save_input`; an input that was not needed is one element, expanded."""
+    saved = ctx.saved_tensors[:-1] if ctx.rectified else ctx.saved_tensors
     if ctx.input_saved:
-        return tuple(ctx.saved_tensors)
-    return (grad.new_zeros(()).expand(ctx.input_shape), *ctx.saved_tensors)
+        return tuple(saved)
+    return (grad.new_zeros(()).expand(ctx.input_shape), *saved)
+
+
+def before_relu(ctx: Any, grad: Tensor) -> Tensor:
+    """The gradient of the sums that a call with ``relu`` cut at 0; otherwise ``grad`` itself."""
+    if not ctx.rectified:
+        return grad
+    cut: Tensor = torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[-1], 0)
+    return cut
 
 
 def input_grad(ctx: Any, grad: Tensor) -> Tensor | None:

@@ -25,6 +25,8 @@ def dilated_conv2d(
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    relu: bool = False,
 ) -> Tensor:
     """Convolve ``input`` with ``weight``, taps ``dilation`` pixels apart; equals ``F.conv2d``.
 
@@ -38,6 +40,7 @@ def dilated_conv2d(
         padding: Zeros around the input, an int or (h, w), or ``"same"`` (stride 1) or ``"valid"``.
         dilation: Pixels between taps, an int or (h, w).
         groups: Groups of input channels, each seen by its own share of the outputs.
+        relu: Make outputs below 0 0, on CUDA without passing over them again.
 
     Returns:
         (N, O, Ho, Wo), channels_last if the input is; Ho = (H + 2 padding - dilation (kh - 1) - 1)
@@ -48,7 +51,8 @@ def dilated_conv2d(
     """
     if input.dim() == 3:
         batch = input.unsqueeze(0)
-        return dilated_conv2d(batch, weight, bias, stride, padding, dilation, groups).squeeze(0)
+        out = dilated_conv2d(batch, weight, bias, stride, padding, dilation, groups, relu=relu)
+        return out.squeeze(0)
     rules.check_tensors(_OP, input, [weight], bias, weight.shape[0])
     rules.check_groups(_OP, input.shape[1], weight, groups)
     strides = rules.pair(_OP, "stride", stride, 1)
@@ -65,18 +69,23 @@ def dilated_conv2d(
         )
     settings = strides, paddings, dilations, groups
     if not use_native(_OP, input):
-        return reference.dilated_conv2d(input, weight, bias, *settings)
+        return reference.dilated_conv2d(input, weight, bias, *settings, relu)
     native = torch.ops.detkit.dilated_conv2d
     if not tuning.may_choose(input):
-        output: Tensor = native(input, weight, bias, *settings)
+        columns = tuning.ALGORITHMS[tuning.COLUMNS]
+        output: Tensor = native(input, weight, bias, *settings, columns, relu)
         return output
-    ways: dict[str, tuning.Way] = {
-        tuning.COLUMNS: lambda *tensors: native(*tensors, *settings),
-        tuning.VENDOR: lambda x, w, b: reference.dilated_conv2d(x, w, b, *settings),
-    }
+    names = [tuning.COLUMNS]
     if tuning.fused_fits(input, weight.shape[1]):
-        ways[tuning.FUSED] = lambda *tensors: native(*tensors, *settings, tuning.FUSED_ALGORITHM)
-    return tuning.run_fastest(_OP, (input, weight, bias), str(settings), ways)
+        names.append(tuning.FUSED)
+    ways: dict[str, tuning.Way] = {
+        name: lambda *tensors, algorithm=tuning.ALGORITHMS[name]: native(
+            *tensors, *settings, algorithm, relu
+        )
+        for name in names
+    }
+    ways[tuning.VENDOR] = lambda x, w, b: reference.dilated_conv2d(x, w, b, *settings, relu)
+    return tuning.run_fastest(_OP, (input, weight, bias), str((*settings, relu)), ways)
 
 
 def _named_padding(
@@ -105,6 +114,7 @@ def _fake(
     dilation: list[int],
     groups: int,
     algorithm: int = 0,
+    relu: bool = False,
 ) -> Tensor:
     size = [
         (input.shape[a + 2] + 2 * padding[a] - dilation[a] * (weight.shape[a + 2] - 1) - 1)
@@ -135,16 +145,18 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, *settings = inputs
     ctx.settings = settings[:4]  # stride, padding, dilation, groups
-    rules.save_input(ctx, input, ctx.needs_input_grad[1], weight)
+    rectified = output if any(settings[5:]) else None
+    rules.save_input(ctx, input, ctx.needs_input_grad[1], weight, rectified=rectified)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+    grad = rules.before_relu(ctx, grad)
     gx, gw = torch.ops.detkit._dilated_conv2d_backward(
         grad, *rules.saved_input(ctx, grad), *ctx.settings, need_input, need_weight
     )
     gb = grad.sum((0, 2, 3)) if need_bias else None
-    return rules.input_grad(ctx, gx), gw if need_weight else None, gb, None, None, None, None, None
+    return rules.input_grad(ctx, gx), gw if need_weight else None, gb, *[None] * 6
 
 
 if BUILD_INFO:

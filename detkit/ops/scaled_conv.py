@@ -26,6 +26,8 @@ def scaled_conv2d(
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    relu: bool = False,
 ) -> Tensor:
     """Convolve each sample with taps ``scales`` pixels apart, sampled bilinearly; zeros lie outside
     the map.
@@ -45,6 +47,7 @@ def scaled_conv2d(
         bias: (O,) or None.
         stride: Pixels between outputs, an int or (h, w).
         groups: Groups of input channels, each seen by its own share of the outputs.
+        relu: Make outputs below 0 0, on CUDA without passing over them again.
 
     Returns:
         (N, O, (H - 1) // stride + 1, (W - 1) // stride + 1), channels_last if the input is.
@@ -63,16 +66,20 @@ def scaled_conv2d(
     if input.device.type == "cpu":
         _require_finite(scales, native)
     if not native:
-        return reference.scaled_conv2d(input, weight, scales, bias, strides, groups)
+        return reference.scaled_conv2d(input, weight, scales, bias, strides, groups, relu)
     run = torch.ops.detkit.scaled_conv2d
     if not (tuning.may_choose(input) and tuning.fused_fits(input, weight.shape[1])):
-        output: Tensor = run(input, weight, scales, bias, strides, groups)
+        columns = tuning.ALGORITHMS[tuning.COLUMNS]
+        output: Tensor = run(input, weight, scales, bias, strides, groups, columns, relu)
         return output
     ways: dict[str, tuning.Way] = {
-        tuning.COLUMNS: lambda *tensors: run(*tensors, strides, groups),
-        tuning.FUSED: lambda *tensors: run(*tensors, strides, groups, tuning.FUSED_ALGORITHM),
+        name: lambda *tensors, algorithm=tuning.ALGORITHMS[name]: run(
+            *tensors, strides, groups, algorithm, relu
+        )
+        for name in (tuning.COLUMNS, tuning.FUSED)
     }
-    return tuning.run_fastest(_OP, (input, weight, scales, bias), str((strides, groups)), ways)
+    settings = str((strides, groups, relu))
+    return tuning.run_fastest(_OP, (input, weight, scales, bias), settings, ways)
 
 
 def _per_sample(input: Tensor, scales: Tensor) -> Tensor:
@@ -114,6 +121,7 @@ def _fake(
     stride: list[int],
     groups: int,
     algorithm: int = 0,
+    relu: bool = False,
 ) -> Tensor:
     size = [(input.shape[a + 2] + stride[a] - 1) // stride[a] for a in (0, 1)]
     return rules.empty_output(input, weight.shape[0], size)
@@ -141,17 +149,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, scales, _, *settings = inputs
     ctx.settings = settings[:2]  # stride, groups
     needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    rules.save_input(ctx, input, needed, weight, scales)
+    rectified = output if any(settings[3:]) else None
+    rules.save_input(ctx, input, needed, weight, scales, rectified=rectified)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_input, need_weight, need_scales, need_bias = ctx.needs_input_grad[:4]
+    grad = rules.before_relu(ctx, grad)
     gx, gw, gs = torch.ops.detkit._scaled_conv2d_backward(
         grad, *rules.saved_input(ctx, grad), *ctx.settings, need_input, need_weight, need_scales
     )
     gb = grad.sum((0, 2, 3)) if need_bias else None
     gw, gs = gw if need_weight else None, gs if need_scales else None
-    return rules.input_grad(ctx, gx), gw, gs, gb, None, None, None
+    return rules.input_grad(ctx, gx), gw, gs, gb, *[None] * 4
 
 
 if BUILD_INFO:

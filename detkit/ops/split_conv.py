@@ -27,6 +27,8 @@ def split_conv2d(
     dilations: Sequence[tuple[int, int]],
     stride: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    relu: bool = False,
 ) -> Tensor:
     """Convolve ``input`` with each part at its own dilation; the outputs share one tensor, in the
     parts' order.
@@ -43,6 +45,7 @@ def split_conv2d(
         dilations: (d_h, d_w) of each part in pixels.
         stride: Pixels between outputs, an int or (h, w).
         groups: Groups of the undivided convolution.
+        relu: Make outputs below 0 0, on CUDA without passing over them again.
 
     Returns:
         (N, sum(O_i), (H - 1) // stride + 1, (W - 1) // stride + 1), channels_last if the input is.
@@ -58,20 +61,23 @@ def split_conv2d(
     strides = rules.pair(_OP, "stride", stride, 1)
     settings = flat, strides, groups
     if not use_native(_OP, input):
-        return reference.split_conv2d(input, weights, bias, *settings)
+        return reference.split_conv2d(input, weights, bias, *settings, relu)
     native = torch.ops.detkit.split_conv2d
     if not tuning.may_choose(input):
-        output: Tensor = native(input, list(weights), bias, *settings)
+        columns = tuning.ALGORITHMS[tuning.COLUMNS]
+        output: Tensor = native(input, list(weights), bias, *settings, columns, relu)
         return output
-    ways: dict[str, tuning.Way] = {
-        tuning.COLUMNS: lambda x, b, *parts: native(x, list(parts), b, *settings),
-        tuning.VENDOR: lambda x, b, *parts: reference.split_conv2d(x, parts, b, *settings),
-    }
+    names = [tuning.COLUMNS]
     if tuning.fused_fits(input, weights[0].shape[1]):
-        ways[tuning.FUSED] = lambda x, b, *parts: native(
-            x, list(parts), b, *settings, tuning.FUSED_ALGORITHM
+        names.append(tuning.FUSED)
+    ways: dict[str, tuning.Way] = {
+        name: lambda x, b, *parts, algorithm=tuning.ALGORITHMS[name]: native(
+            x, list(parts), b, *settings, algorithm, relu
         )
-    return tuning.run_fastest(_OP, (input, bias, *weights), str(settings), ways)
+        for name in names
+    }
+    ways[tuning.VENDOR] = lambda x, b, *parts: reference.split_conv2d(x, parts, b, *settings, relu)
+    return tuning.run_fastest(_OP, (input, bias, *weights), str((*settings, relu)), ways)
 
 
 def _check_parts(input: Tensor, weights: Sequence[Tensor], outputs: int, groups: int) -> None:
@@ -123,6 +129,7 @@ def _fake(
     stride: list[int],
     groups: int,
     algorithm: int = 0,
+    relu: bool = False,
 ) -> Tensor:
     size = [(input.shape[a + 2] + stride[a] - 1) // stride[a] for a in (0, 1)]
     return rules.empty_output(input, sum(w.shape[0] for w in weights), size)
@@ -148,10 +155,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weights, _, *settings = inputs
     ctx.settings = settings[:3]  # dilations, stride, groups
     # Here the flags are still flat, one per tensor of the list; in backward they are nested.
-    rules.save_input(ctx, input, any(ctx.needs_input_grad[1 : 1 + len(weights)]), *weights)
+    needed = any(ctx.needs_input_grad[1 : 1 + len(weights)])
+    rectified = output if any(settings[4:]) else None
+    rules.save_input(ctx, input, needed, *weights, rectified=rectified)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad = rules.before_relu(ctx, grad)
     input, *weights = rules.saved_input(ctx, grad)
     needs = ctx.needs_input_grad
     gx, gws = torch.ops.detkit._split_conv2d_backward(

@@ -21,19 +21,24 @@ MOST_DRAWN = 12
 
 
 def search(runs: Sequence[Run], charts: Charts) -> Section | None:
-    """Several searches, of any method, share the axes."""
+    """Searches of one metric share their axes, whatever their method."""
     found = [(n, run) for n, run in enumerate(runs) if run.candidates]
     if not found:
         return None
-    figures = [_best_so_far(found, charts)]
-    figures += [chart for cost in COSTS if (chart := _against(found, cost, charts))]
+    curves = "".join(_curves(alike, charts) for alike in _by_metric(found))
     note = paragraph(
         "A dot is an evaluated network, the line the best so far. Networks that failed or were "
         "dropped early have no dot.",
         "quiet",
     )
-    body = note + panels(figures) + _table(found) + _strips(found, charts) + _top(found)
+    body = note + curves + _table(found) + _strips(found, charts) + _top(found)
     return Section("search", "Search", body)
+
+
+def _curves(found: Sequence[tuple[int, Run]], charts: Charts) -> str:
+    figures = [_best_so_far(found, charts)]
+    figures += [chart for cost in COSTS if (chart := _against(found, cost, charts))]
+    return panels(figures)
 
 
 def _alive(run: Run) -> list[Record]:
@@ -42,8 +47,20 @@ def _alive(run: Run) -> list[Record]:
 
 def metric(found: Sequence[tuple[int, Run]]) -> str:
     """What the fitness is, where all searches agree."""
-    names = {str((run.result or {}).get("metric", "fitness")) for _, run in found}
+    names = {_metric_of(run) for _, run in found}
     return names.pop() if len(names) == 1 else "fitness"
+
+
+def _metric_of(run: Run) -> str:
+    return str((run.result or {}).get("metric", "fitness"))
+
+
+def _by_metric(found: Sequence[tuple[int, Run]]) -> list[list[tuple[int, Run]]]:
+    """An AP and a top-1 say nothing beside each other."""
+    groups: dict[str, list[tuple[int, Run]]] = {}
+    for n, run in found:
+        groups.setdefault(_metric_of(run), []).append((n, run))
+    return list(groups.values())
 
 
 def _best_so_far(found: Sequence[tuple[int, Run]], charts: Charts) -> str:

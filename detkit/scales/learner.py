@@ -82,6 +82,9 @@ class GlobalScaleConv2d(nn.Module):
         ConfigError: An unknown name.
     """
 
+    rectifies = True
+    """Whether a call may end with a ReLU, ``relu=True``."""
+
     def __init__(
         self,
         conv: nn.Conv2d,
@@ -125,12 +128,12 @@ class GlobalScaleConv2d(nn.Module):
         else:
             nn.init.zeros_(self.scale.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Map (N, C, H, W) to (N, O, (H - 1) // stride + 1, (W - 1) // stride + 1)."""
         scales = self.scales(x)
         if not torch.compiler.is_exporting():  # an exported graph cannot set attributes
             self.last_scales = scales.detach()
-        return scaled_conv2d(x, self.weight, scales, self.bias, self.stride, self.groups)
+        return scaled_conv2d(x, self.weight, scales, self.bias, self.stride, self.groups, relu=relu)
 
     def scales(self, x: Tensor) -> Tensor:
         """Scales (N, 2) in pixels for the input (N, C, H, W): float32, float64 for float64."""
@@ -222,6 +225,7 @@ class FixedScaleConv2d(nn.Module):
         ValueError: ``scales`` are not two finite numbers.
     """
 
+    rectifies = True
     scales: Tensor
 
     def __init__(self, conv: GlobalScaleConv2d, scales: Sequence[float]) -> None:
@@ -235,12 +239,12 @@ class FixedScaleConv2d(nn.Module):
         self.values = (values[0], values[1])
         self.train(conv.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Map (N, C, H, W) to (N, O, (H - 1) // stride + 1, (W - 1) // stride + 1)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         h, w = (x.new_full((1, 1), d, dtype=dtype) for d in self.values)
         scales = torch.cat((h, w), 1)
-        return scaled_conv2d(x, self.weight, scales, self.bias, self.stride, self.groups)
+        return scaled_conv2d(x, self.weight, scales, self.bias, self.stride, self.groups, relu=relu)
 
     def macs(self, output: Tensor) -> int:
         """Multiply-adds of a call that gave ``output``."""

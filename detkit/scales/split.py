@@ -39,6 +39,7 @@ class SplitConv2d(nn.Module):
     """Plain convolutions at different dilations on disjoint output channels, into one output.
 
     State dict: ``weights.0``, ``weights.1``, ... lower first, and ``bias`` over all channels.
+    A call may end with a ReLU (``relu=True``).
 
     Args:
         weights: (O_i, C/groups, kh, kw) of each part.
@@ -47,6 +48,8 @@ class SplitConv2d(nn.Module):
         stride: (h, w).
         groups: Groups of the undivided convolution.
     """
+
+    rectifies = True
 
     def __init__(
         self,
@@ -64,10 +67,12 @@ class SplitConv2d(nn.Module):
         self.in_channels = weights[0].shape[1] * groups
         self.out_channels = sum(len(w) for w in weights)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Map (N, C, H, W) to (N, O, (H - 1) // stride + 1, (W - 1) // stride + 1)."""
         weights = list(self.weights)
-        return split_conv2d(x, weights, self.bias, self.dilations, self.stride, self.groups)
+        return split_conv2d(
+            x, weights, self.bias, self.dilations, self.stride, self.groups, relu=relu
+        )
 
     def macs(self, output: Tensor) -> int:
         """Multiply-adds of a call that gave ``output``."""

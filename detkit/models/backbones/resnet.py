@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detkit.models.backbones.base import Backbone
-from detkit.models.norm import ConvThenNorm, Norm, conv_norm, norm_named
+from detkit.models.norm import ConvThenNorm, Norm, conv_norm, conv_norm_relu, norm_named
 from detkit.types import FeatureSpec
 
 
@@ -76,13 +76,12 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, cout, 1, bias=False)
         self.bn3 = norm(cout)
         self.downsample = _shortcut(cin, cout, stride, norm) if project else None
-        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))
-        out = self.relu(conv_norm(self.conv2, self.bn2, out))
+        out = conv_norm_relu(self.conv1, self.bn1, x)
+        out = conv_norm_relu(self.conv2, self.bn2, out)
         out = conv_norm(self.conv3, self.bn3, out).add_(shortcut)
         return F.relu_(out)
 
@@ -113,12 +112,11 @@ class BasicBlock(nn.Module):
         self.conv2 = _conv3x3(cout, cout, 1, dilation)
         self.bn2 = norm(cout)
         self.downsample = _shortcut(cin, cout, stride, norm) if project else None
-        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        out = conv_norm_relu(self.conv1, self.bn1, x)
         out = conv_norm(self.conv2, self.bn2, out).add_(shortcut)
         return F.relu_(out)
 
@@ -153,7 +151,6 @@ class ResNet(Backbone):
         make_norm = norm_named(norm)
         self.conv1 = nn.Conv2d(3, stem, 7, 2, padding=3, bias=False)
         self.bn1 = make_norm(stem)
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         channels, stride = stem, 4
         for number, stage in enumerate(stages, 1):
@@ -194,7 +191,7 @@ class ResNet(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of ``images`` (N, 3, H, W), named and shaped as ``feature_specs`` says."""
-        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, images)))
+        x = self.maxpool(conv_norm_relu(self.conv1, self.bn1, images))
         maps = {}
         for number, name in enumerate(self.feature_specs, 1):
             x = self.get_submodule(f"layer{number}")(x)

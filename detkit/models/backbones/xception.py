@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detkit.models.backbones.base import Backbone
-from detkit.models.norm import Norm, conv_norm, norm_named
+from detkit.models.norm import Norm, conv_norm, conv_norm_relu, norm_named
 from detkit.types import FeatureSpec
 
 
@@ -47,7 +47,7 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, cin, H, W) to (N, cout, ceil(H / stride), ceil(W / stride))."""
-        out = F.relu(conv_norm(self.conv1, self.bn1, x))
+        out = conv_norm_relu(self.conv1, self.bn1, x)
         out = conv_norm(self.conv2, self.bn2, out)
         out = conv_norm(self.conv3, self.bn3, out)
         if self.stride == 1:
@@ -96,7 +96,7 @@ class Xception(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of ``images`` (N, 3, H, W), named and shaped as ``feature_specs`` says."""
-        x = self.maxpool(F.relu(conv_norm(self.conv1, self.bn1, images)))
+        x = self.maxpool(conv_norm_relu(self.conv1, self.bn1, images))
         maps = {"c2": x}
         for number in range(3, self.num_stages + 1):
             maps[f"c{number}"] = x = self.get_submodule(f"stage{number}")(x)

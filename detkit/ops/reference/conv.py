@@ -26,9 +26,11 @@ def dilated_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool = False,
 ) -> Tensor:
     """Convolution at an integer dilation."""
-    return F.conv2d(input, weight, bias, list(stride), list(padding), list(dilation), groups)
+    settings = list(stride), list(padding), list(dilation), groups
+    return _rectified(F.conv2d(input, weight, bias, *settings), relu)
 
 
 def split_conv2d(
@@ -38,6 +40,7 @@ def split_conv2d(
     dilations: Sequence[int],
     stride: Sequence[int],
     groups: int,
+    relu: bool = False,
 ) -> Tensor:
     """Convolutions of disjoint output channels, joined; ``dilations`` is flat, (h, w) per part."""
     per_group = sum(w.shape[0] for w in weights) // groups
@@ -51,7 +54,7 @@ def split_conv2d(
         shift = None if bias is None else bias.narrow(0, begin, size)
         parts.append(F.conv2d(used, weight, shift, list(stride), padding, dilation, part_groups))
         begin += size
-    return torch.cat(parts, 1)
+    return _rectified(torch.cat(parts, 1), relu)
 
 
 def scaled_conv2d(
@@ -61,6 +64,7 @@ def scaled_conv2d(
     bias: Tensor | None,
     stride: Sequence[int],
     groups: int,
+    relu: bool = False,
 ) -> Tensor:
     """Convolution at one real-valued dilation (d_h, d_w) per sample; scales is (N, 2)."""
     dtype = autocast_dtype(input) or input.dtype
@@ -81,7 +85,11 @@ def scaled_conv2d(
         y = y.reshape(x.shape[0], weight.shape[0], *size)
         if bias is not None:
             y = y + bias.to(dtype).to(compute).view(-1, 1, 1)
-        return y.to(dtype)
+        return _rectified(y.to(dtype), relu)
+
+
+def _rectified(y: Tensor, relu: bool) -> Tensor:
+    return y.relu_() if relu else y
 
 
 def _sample(x: Tensor, dim: int, tap: int, scale: Tensor, size: int, stride: int) -> Tensor:
