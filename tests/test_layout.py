@@ -35,6 +35,7 @@ ALLOWED = {
     "report": METHODS | DATA | ENGINE | {"deploy", "report"},
 }
 ALLOWED["foreign"] = MODELS | ENGINE | {"foreign"}
+ALLOWED["catalogue"] = METHODS
 ALLOWED["scoring"] = DATA | ENGINE
 ALLOWED["prediction"] = METHODS | DATA | ENGINE | {"report", "prediction"}
 ALLOWED["loading"] = METHODS | ENGINE | {"deploy", "foreign", "loading", "prediction"}
