@@ -21,6 +21,8 @@ from torch import nn
 
 from detkit import config as configs
 from detkit import foreign, pod, prediction, supernet
+from detkit.catalogue import COCO_CLASSES as COCO_CLASSES
+from detkit.catalogue import model_table as model_table
 from detkit.config import Config, ModelConfig, is_supernet
 from detkit.data import (
     DetectionDataset,
@@ -57,10 +59,7 @@ from detkit.loading import Loaded as Loaded
 from detkit.loading import build as build
 from detkit.loading import load as load
 from detkit.loading import pick_device as pick_device
-from detkit.models.count import count_classifier, count_detector, shapes_only
-from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architecture
-from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
-from detkit.nas.cost import cost_table
+from detkit.models.zoo import DETECTORS, WEIGHTS_OF, WITH_MASKS
 from detkit.nas.split import SearchSplit
 from detkit.ops import backend
 from detkit.scoring import score_file, with_fixes
@@ -70,7 +69,6 @@ log = logging.getLogger("detkit")
 DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
 VOC_METRICS = ("voc07", "voc12")
 MASK_METRICS = tuple(f"segm_{name}" for name in NUMBERS)
-COCO_CLASSES = 80
 VERIFY_IMAGES = 20
 EXACT = Form()
 """Detectors as they are."""
@@ -924,99 +922,3 @@ def _write_json(path: str | Path, value: Any) -> None:
         Path(path).write_text(json.dumps(value), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
-
-
-# -- models
-
-
-def model_table(
-    size: tuple[int, int] | None = None, backbone: str | None = None, detector: str | None = None
-) -> dict[str, Any]:
-    """Every backbone, supernet, detector and recipe, as ``detkit models --json`` prints them.
-
-    Args:
-        size: (height, width): also count whole detectors with 80 classes on one such image.
-        backbone: only this one; any network of DetNAS (``detnas:small:2120...``) too.
-        detector: only this one.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    if backbone is not None and backbone.startswith(PREFIX):
-        parse_architecture(backbone)
-        nets = [backbone]
-    else:
-        nets = _named("--backbone", backbone, BACKBONES | SUPERNETS)
-    detectors = _named("--detector", detector, DETECTORS)
-    backbones = [name for name in nets if name not in SUPERNETS]
-    return {
-        "backbones": [_backbone_row(name) for name in backbones],
-        "supernets": [_supernet_row(name) for name in nets if name in SUPERNETS],
-        "detectors": [row for name in detectors for row in _detector_rows(name, backbones, size)],
-        "recipes": [
-            {"name": name, "summary": _recipe_summary(path), "path": str(path)}
-            for name, path in configs.recipes().items()
-        ],
-    }
-
-
-def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
-    if name is None:
-        return list(table)
-    if name not in table:
-        raise ConfigError(
-            f"{flag}: must be one of {', '.join(table)}, got {name!r}{configs.suggest(name, table)}"
-        )
-    return [name]
-
-
-def _backbone_row(name: str) -> dict[str, Any]:
-    with shapes_only():
-        backbone = build_backbone(name)
-    cost = count_classifier(backbone)
-    stages = [
-        {"name": level, "channels": spec.channels, "stride": spec.stride}
-        for level, spec in backbone.feature_specs.items()
-    ]
-    total = cost["total"]
-    return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
-
-
-def _supernet_row(name: str) -> dict[str, Any]:
-    """Parameters as a classifier of 1000 classes, and the range of what a search limits."""
-    space = SPACES[SUPERNETS[name]]
-    table = cost_table(space)
-    return {
-        "name": name,
-        "space": space.name,
-        "positions": len(space),
-        "choices": len(space.ops),
-        "params": table.supernet_params() + table.tail.params,
-        "body_macs_224": list(table.body_macs_range()),
-    }
-
-
-def _detector_rows(
-    name: str, backbones: Iterable[str], size: tuple[int, int] | None
-) -> list[dict[str, Any]]:
-    if size is None:
-        return [{"name": name}]
-    rows = []
-    for backbone in backbones:
-        config = configs.resolve([{"model": {"detector": name, "backbone": backbone}}])
-        cost = count_detector(config, COCO_CLASSES, *size)["total"]
-        rows.append(
-            {
-                "name": name,
-                "backbone": backbone,
-                "size": list(size),
-                "params": cost.params,
-                "macs": cost.macs,
-            }
-        )
-    return rows
-
-
-def _recipe_summary(path: Path) -> str:
-    """First comment line of a recipe."""
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
