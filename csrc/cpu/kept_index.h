@@ -77,8 +77,8 @@ class KeptIndex {
       longest_[level] = std::ldexp(1.F, level + kLowest + 1);
       cells_[level] = static_cast<float>(std::ldexp(1 / cell, -(level + kLowest)));
     }
-    width_levels_ = {level_of(scaled(boxes.least_width)), level_of(scaled(boxes.most_width))};
-    height_levels_ = {level_of(scaled(boxes.least_height)), level_of(scaled(boxes.most_height))};
+    width_levels_ = occurring(boxes.least_width, boxes.most_width);
+    height_levels_ = occurring(boxes.least_height, boxes.most_height);
     const int bits = std::clamp<int>(std::bit_width(static_cast<uint64_t>(candidates) / 4), 8, 17);
     shift_ = 32 - bits;
     newest_.resize(size_t(1) << bits, 0);
@@ -100,12 +100,17 @@ class KeptIndex {
     const int level_y = level_of(place.height);
     const Range rows = cells_near(place.y, place.height, level_y);
     const Range widths = levels_near(place.width, width_levels_);
-    for (int level_x = widths.first; level_x <= widths.last; ++level_x) {
+    const int own_level = level_of(place.width), own_row = cell_of(place.y, level_y);
+    for (int i = 0; i < widths.count(); ++i) {
+      const int level_x = widths.turn(own_level, i);
       const float smaller = std::min(place.width, longest_[level_x]);
       const Range columns = cells_near(place.x, smaller, level_x);
-      for (int y = rows.first; y <= rows.last; ++y) {
-        for (int x = columns.first; x <= columns.last; ++x) {
-          if (suppresses_in(newest_[bucket(level_x, level_y, x, y)], candidate)) return true;
+      const int own_column = cell_of(place.x, level_x);
+      for (int j = 0; j < rows.count(); ++j) {
+        for (int k = 0; k < columns.count(); ++k) {
+          const uint32_t cell =
+              bucket(level_x, level_y, columns.turn(own_column, k), rows.turn(own_row, j));
+          if (suppresses_in(newest_[cell], candidate)) return true;
         }
       }
     }
@@ -122,6 +127,12 @@ class KeptIndex {
   };
   struct Range {
     int first, last;
+
+    DETKIT_INLINE int count() const { return last - first + 1; }
+    // Number i of the values from `start` on and round: a hit is likeliest at a candidate's own.
+    DETKIT_INLINE int turn(int start, int i) const {
+      return start + i <= last ? start + i : start + i - count();
+    }
   };
 
   DETKIT_INLINE float scaled(T length) const { return static_cast<float>(length * scale_); }
@@ -135,6 +146,11 @@ class KeptIndex {
   static DETKIT_INLINE int level_of(float side) {
     const int exponent = int(std::bit_cast<uint32_t>(std::max(side, 0.F)) >> 23) - 127;
     return std::max(exponent, kLowest) - kLowest;
+  }
+
+  // The levels of all sides; those of a Place are rounded otherwise than these.
+  Range occurring(T least, T most) const {
+    return {level_of(scaled(least) - kSlack), level_of(scaled(most) + kSlack)};
   }
 
   // The levels of sides that a box with this one may match, of those that occur.

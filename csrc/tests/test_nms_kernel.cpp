@@ -68,7 +68,7 @@ void compare_with_all_pairs() {
 }
 
 // Boxes of one kind in several ways that an index by place and size could get wrong.
-enum class Kind { kScattered, kIntegers, kOneCentre, kFarOff, kSubnormal, kSpecial };
+enum class Kind { kScattered, kIntegers, kPowers, kOneCentre, kFarOff, kSubnormal, kSpecial };
 
 template <class T>
 std::vector<T> boxes_of(Kind kind, int n, std::mt19937& random) {
@@ -80,6 +80,10 @@ std::vector<T> boxes_of(Kind kind, int n, std::mt19937& random) {
     double w = 8 * std::exp(4 * uniform(random)), h = 8 * std::exp(4 * uniform(random));
     if (kind == Kind::kIntegers) {  // many IoUs exactly at t
       x = random() % 300, y = random() % 300, w = 1 + random() % 40, h = 1 + random() % 40;
+    }
+    if (kind == Kind::kPowers) {  // sides of 8 that are a little more or less from where 0.3 is 0
+      x = i == 0 ? 0.3 : 1 + random() % 200, y = i == 0 ? 0.3 : 1 + random() % 200;
+      w = h = i == 0 ? 9 : 8;
     }
     if (kind == Kind::kOneCentre) x = -w / 2, y = -h / 2;
     if (kind == Kind::kFarOff) x += 1e7, y -= 1e7;  // float32 then holds whole numbers only
@@ -100,8 +104,8 @@ template <class T>
 void compare_many_with_all_pairs() {
   std::mt19937 random(2);
   const int n = 1500;
-  for (const Kind kind : {Kind::kScattered, Kind::kIntegers, Kind::kOneCentre, Kind::kFarOff,
-                          Kind::kSubnormal, Kind::kSpecial}) {
+  for (const Kind kind : {Kind::kScattered, Kind::kIntegers, Kind::kPowers, Kind::kOneCentre,
+                          Kind::kFarOff, Kind::kSubnormal, Kind::kSpecial}) {
     const std::vector<T> boxes = boxes_of<T>(kind, n, random);
     std::vector<T> scores;
     std::vector<int64_t> classes;
