@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from detkit.cli.options import Common, common_options, emit
+from detkit.cli.options import Common, common_options, emit, form_of, form_options
 from detkit.errors import ConfigError
 
 _COCO_TREE = """annotations/instances_train2017.json
@@ -65,6 +65,7 @@ log = logging.getLogger("detkit")
     show_default=True,
     help="COCO's metrics, or VOC mAP by 11 points (voc07) or by area (voc12).",
 )
+@form_options
 @common_options("--workers", "--on-bad-image")
 def command(
     common: Common,
@@ -85,6 +86,7 @@ def command(
       detkit eval
       detkit eval runs/finetune/.../best.pth --data cells --json
       detkit eval best.pth --coco /sets/coco --analysis
+      detkit eval best.pth --data cells --fast --bf16
       detkit eval --detections results.json --data cells --metric voc07
       detkit eval --compare runs/finetune/one runs/finetune/other --data cells
     """
@@ -173,8 +175,9 @@ def _evaluate(
     overrides: list[Mapping[str, Any]],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    detections = options["detections"]
-    if detections is not None and not options["fold"]:  # without torch: `api` refuses --fold
+    detections, form = options["detections"], form_of(options)
+    model_wanted = options["fold"] or any(form.values())  # `api` refuses these
+    if detections is not None and not model_wanted:  # without torch
         from detkit.scoring import score_file
 
         place: dict[str, Any] = {"data": path, "split": split, "overrides": overrides}
@@ -191,6 +194,7 @@ def _evaluate(
             overrides=overrides,
             device=common.device,
             on_image=show,
+            form=api.Form(**form),
             **options,
         )
 
@@ -201,6 +205,7 @@ def _refuse_beside_compare(checkpoint: Path | None, options: dict[str, Any]) -> 
         "--detections": options["detections"],
         "--save-detections": options["save_detections"],
         f"--metric {options['metric']}": options["metric"] != "coco",
+        "--fast, --bf16, --compile and --cuda-graph": any(form_of(options).values()),
     }
     for name, value in given.items():
         if value:

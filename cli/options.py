@@ -195,6 +195,38 @@ def common_options(*flags: str) -> Callable[[Command], Command]:
     return decorate
 
 
+_FORM = (
+    click.option(
+        "--fast",
+        is_flag=True,
+        help="Batch norms folded, weights channels last; the same but for rounding.",
+    ),
+    click.option("--bf16", is_flag=True, help="Layers in bfloat16: faster, scores a little off."),
+    click.option(
+        "--compile",
+        is_flag=True,
+        help="--fast through torch.compile: a minute or more for each new shape of a batch.",
+    ),
+    click.option(
+        "--cuda-graph",
+        is_flag=True,
+        help="--fast by CUDA graphs, one for each shape of a batch; on a GPU.",
+    ),
+)
+
+
+def form_options(function: Command) -> Command:
+    """Add the flags that say in which form a detector runs; :func:`form_of` takes them out."""
+    for option in reversed(_FORM):
+        function = option(function)
+    return function
+
+
+def form_of(options: dict[str, Any]) -> dict[str, bool]:
+    """The fields of a :class:`detkit.deploy.Form` that a command's ``options`` hold, taken out."""
+    return {name: options.pop(name) for name in ("fast", "bf16", "compile", "cuda_graph")}
+
+
 def _collect(flags: tuple[str, ...], values: dict[str, Any]) -> Common:
     tables: Tables = {}
     for flag in flags:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from detkit.cli.options import Common, common_options, emit
+from detkit.cli.options import Common, common_options, emit, form_of, form_options
 from detkit.errors import ConfigError
 
 
@@ -28,9 +28,15 @@ from detkit.errors import ConfigError
     show_default=True,
     help="Images at once.",
 )
+@form_options
 @common_options("--workers", "--on-bad-image")
 def command(
-    common: Common, checkpoint: Path, images: tuple[str, ...], score: float, batch_size: int
+    common: Common,
+    checkpoint: Path,
+    images: tuple[str, ...],
+    score: float,
+    batch_size: int,
+    **options: bool,
 ) -> None:
     """Find objects in IMAGES with the detector CHECKPOINT.
 
@@ -44,11 +50,13 @@ def command(
       detkit predict runs/finetune/.../best.pth photo.jpg
       detkit predict best.pth photos --out found --score 0.5
       detkit predict best.pth "photos/**/*.jpg" --json
+      detkit predict best.pth photos --fast --bf16
     """
     if common.recipe is not None:
         raise ConfigError(f"--recipe: must stand with a training, got {common.recipe!r}")
+    form = form_of(options)
     if common.dry_run:
-        _plan(common, checkpoint, images, {"score": score, "batch_size": batch_size})
+        _plan(common, checkpoint, images, {"score": score, "batch_size": batch_size, **form})
         return
     from detkit import api
     from detkit.cli.progress import image_progress
@@ -62,6 +70,7 @@ def command(
             batch_size=batch_size,
             device=common.device,
             overrides=common.layers(),
+            form=api.Form(**form),
             on_image=show,
         )
     emit(common, result, lambda: _show(result))

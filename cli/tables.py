@@ -42,7 +42,7 @@ def _parts(table: Table, width: int) -> list[Table]:
     room = width - 1 - sum(needs[i] for i in kept)
     others = range(len(kept), len(names))
     count = len(_packed(others, needs, room, len(names)))
-    if count == 1:
+    if count <= 1:
         return [table]
     parts = [[*kept, *part] for part in _packed(others, needs, room, -(-len(others) // count))]
     rows = list(zip(*cells, strict=True))

@@ -18,10 +18,16 @@ struct NmsInputs {
   }
 };
 
+// Each call of an operator costs as much as the suppression of a few boxes, even one that has
+// nothing to do.
+inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
+  const Tensor typed = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
 inline Tensor widened(const Tensor& t) {
   const bool wide = t.scalar_type() == ScalarType::Double;
-  return torch::stable::contiguous(
-      torch::stable::to(t, wide ? ScalarType::Double : ScalarType::Float));
+  return contiguous_as(t, wide ? ScalarType::Double : ScalarType::Float);
 }
 
 inline NmsInputs nms_inputs(const Tensor& boxes, const Tensor& scores,
@@ -36,7 +42,7 @@ inline NmsInputs nms_inputs(const Tensor& boxes, const Tensor& scores,
                     "batched_nms: idxs must have shape (N,)");
     STD_TORCH_CHECK(idxs->device() == boxes.device(),
                     "batched_nms: idxs must be on the boxes' device");
-    in.classes = torch::stable::contiguous(torch::stable::to(*idxs, ScalarType::Long));
+    in.classes = contiguous_as(*idxs, ScalarType::Long);
   }
   return in;
 }

@@ -73,6 +73,8 @@ inline void check_argmax(const Tensor& argmax, const Tensor& grad, bool reduce_m
   STD_TORCH_CHECK(
       argmax.scalar_type() == ScalarType::Int && argmax.numel() == (reduce_max ? grad.numel() : 0),
       "ps_roi_align: argmax must be int32, as the forward gave it");
+  STD_TORCH_CHECK(!reduce_max || argmax.device() == grad.device(),
+                  "ps_roi_align: argmax must be on the gradient's device");
 }
 
 }  // namespace detkit

@@ -21,6 +21,8 @@ from torch import nn
 
 from detkit import config as configs
 from detkit import foreign, pod, prediction, supernet
+from detkit.catalogue import COCO_CLASSES as COCO_CLASSES
+from detkit.catalogue import model_table as model_table
 from detkit.config import Config, ModelConfig, is_supernet
 from detkit.data import (
     DetectionDataset,
@@ -30,6 +32,7 @@ from detkit.data import (
     steps_per_epoch,
     train_batches,
 )
+from detkit.deploy import Form as Form
 from detkit.deploy.fold import fold as fold_norms
 from detkit.deploy.metadata import describe
 from detkit.engine import checkpoint as checkpoints
@@ -48,6 +51,7 @@ from detkit.loading import (
     check_scales,
     check_supernet,
     fixed_layers,
+    in_form,
     net_of,
     starting_model,
 )
@@ -55,10 +59,7 @@ from detkit.loading import Loaded as Loaded
 from detkit.loading import build as build
 from detkit.loading import load as load
 from detkit.loading import pick_device as pick_device
-from detkit.models.count import count_classifier, count_detector, shapes_only
-from detkit.models.search_space import PREFIX, SPACES, SUPERNETS, parse_architecture
-from detkit.models.zoo import BACKBONES, DETECTORS, WEIGHTS_OF, WITH_MASKS, build_backbone
-from detkit.nas.cost import cost_table
+from detkit.models.zoo import DETECTORS, WEIGHTS_OF, WITH_MASKS
 from detkit.nas.split import SearchSplit
 from detkit.ops import backend
 from detkit.scoring import score_file, with_fixes
@@ -68,8 +69,9 @@ log = logging.getLogger("detkit")
 DEFAULT_EPOCHS = 12.0  # the field's "1x", where neither steps, epochs nor minutes are given
 VOC_METRICS = ("voc07", "voc12")
 MASK_METRICS = tuple(f"segm_{name}" for name in NUMBERS)
-COCO_CLASSES = 80
 VERIFY_IMAGES = 20
+EXACT = Form()
+"""Detectors as they are."""
 _SHAPE_TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask", "scales")
 _METRICS = {"pretrain": ("top1",), "finetune": (*NUMBERS, *VOC_METRICS, *MASK_METRICS)}
 
@@ -631,6 +633,7 @@ def evaluate(
     metric: str = "coco",
     device: str = "auto",
     fold: bool = False,
+    form: Form = EXACT,
     save_detections: str | Path | None = None,
     on_image: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -646,6 +649,7 @@ def evaluate(
         metric: ``coco``, ``voc07`` or ``voc12``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         fold: score the detector with its batch norms folded into its convolutions.
+        form: in which form the detector runs.
         save_detections: also write the detections as a COCO results file.
         on_image: called with (images done, images in all).
 
@@ -658,6 +662,11 @@ def evaluate(
     if detections is not None:
         if fold:
             raise ConfigError("--fold: must go with a checkpoint, got a results file alone")
+        if form != EXACT:
+            raise ConfigError(
+                "--fast, --bf16, --compile, --cuda-graph: must go with a checkpoint, got a results "
+                "file alone"
+            )
         return score_file(
             detections,
             data=data,
@@ -675,6 +684,7 @@ def evaluate(
         overrides=overrides,
         device=device,
         fold=fold,
+        form=form,
         on_image=on_image,
     )
     if save_detections is not None:
@@ -691,6 +701,7 @@ def detect_split(
     overrides: Iterable[Mapping[str, Any]] = (),
     device: str = "auto",
     fold: bool = False,
+    form: Form = EXACT,
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
@@ -698,6 +709,7 @@ def detect_split(
     prediction.require_detector(loaded.kind, str(checkpoint))
     if fold:
         loaded = replace(loaded, model=fold_norms(loaded.model))
+    loaded = in_form(loaded, form)
     config = loaded.config
     dataset = open_detection(data or config.data.path, split, config.data)
     return detect_images(loaded, dataset, on_image), dataset
@@ -712,6 +724,7 @@ def predict(
     batch_size: int = 1,
     device: str = "auto",
     overrides: Iterable[Mapping[str, Any]] = (),
+    form: Form = EXACT,
     on_image: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Detect objects in image files: a drawn picture of each, and all detections as COCO results.
@@ -726,6 +739,7 @@ def predict(
         batch_size: images at once.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         overrides: layers of settings on top of the checkpoint's.
+        form: in which form the detector runs.
         on_image: called with (images done, images in all).
 
     Returns:
@@ -742,6 +756,8 @@ def predict(
     names = [images] if isinstance(images, str | Path) else list(images)
     folder = Path(out) if out else Path("runs/predict") / time.strftime("%Y%m%d-%H%M%S")
     loaded = load(checkpoint, device, overrides)
+    prediction.require_detector(loaded.kind, str(checkpoint))
+    loaded = in_form(loaded, form)
     return prediction.predict_folder(
         loaded,
         str(checkpoint),
@@ -906,99 +922,3 @@ def _write_json(path: str | Path, value: Any) -> None:
         Path(path).write_text(json.dumps(value), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
-
-
-# -- models
-
-
-def model_table(
-    size: tuple[int, int] | None = None, backbone: str | None = None, detector: str | None = None
-) -> dict[str, Any]:
-    """Every backbone, supernet, detector and recipe, as ``detkit models --json`` prints them.
-
-    Args:
-        size: (height, width): also count whole detectors with 80 classes on one such image.
-        backbone: only this one; any network of DetNAS (``detnas:small:2120...``) too.
-        detector: only this one.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    if backbone is not None and backbone.startswith(PREFIX):
-        parse_architecture(backbone)
-        nets = [backbone]
-    else:
-        nets = _named("--backbone", backbone, BACKBONES | SUPERNETS)
-    detectors = _named("--detector", detector, DETECTORS)
-    backbones = [name for name in nets if name not in SUPERNETS]
-    return {
-        "backbones": [_backbone_row(name) for name in backbones],
-        "supernets": [_supernet_row(name) for name in nets if name in SUPERNETS],
-        "detectors": [row for name in detectors for row in _detector_rows(name, backbones, size)],
-        "recipes": [
-            {"name": name, "summary": _recipe_summary(path), "path": str(path)}
-            for name, path in configs.recipes().items()
-        ],
-    }
-
-
-def _named(flag: str, name: str | None, table: Mapping[str, Any]) -> list[str]:
-    if name is None:
-        return list(table)
-    if name not in table:
-        raise ConfigError(
-            f"{flag}: must be one of {', '.join(table)}, got {name!r}{configs.suggest(name, table)}"
-        )
-    return [name]
-
-
-def _backbone_row(name: str) -> dict[str, Any]:
-    with shapes_only():
-        backbone = build_backbone(name)
-    cost = count_classifier(backbone)
-    stages = [
-        {"name": level, "channels": spec.channels, "stride": spec.stride}
-        for level, spec in backbone.feature_specs.items()
-    ]
-    total = cost["total"]
-    return {"name": name, "params": total.params, "macs_224": total.macs, "stages": stages}
-
-
-def _supernet_row(name: str) -> dict[str, Any]:
-    """Parameters as a classifier of 1000 classes, and the range of what a search limits."""
-    space = SPACES[SUPERNETS[name]]
-    table = cost_table(space)
-    return {
-        "name": name,
-        "space": space.name,
-        "positions": len(space),
-        "choices": len(space.ops),
-        "params": table.supernet_params() + table.tail.params,
-        "body_macs_224": list(table.body_macs_range()),
-    }
-
-
-def _detector_rows(
-    name: str, backbones: Iterable[str], size: tuple[int, int] | None
-) -> list[dict[str, Any]]:
-    if size is None:
-        return [{"name": name}]
-    rows = []
-    for backbone in backbones:
-        config = configs.resolve([{"model": {"detector": name, "backbone": backbone}}])
-        cost = count_detector(config, COCO_CLASSES, *size)["total"]
-        rows.append(
-            {
-                "name": name,
-                "backbone": backbone,
-                "size": list(size),
-                "params": cost.params,
-                "macs": cost.macs,
-            }
-        )
-    return rows
-
-
-def _recipe_summary(path: Path) -> str:
-    """First comment line of a recipe."""
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

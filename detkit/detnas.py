@@ -66,6 +66,8 @@ TOP = 10
 """Networks told about at the end."""
 REHEARSED_IMAGES = 4
 """Images that score the networks of ``--dry-run``."""
+DRAWS = 2
+"""Counts the ways in which evaluations drew their random numbers; one more with each change."""
 _MOST_PROCESSES = 16
 _CALM = ("generations", "cache_mib", "retries")  # settings that leave the sequence as it is
 
@@ -78,6 +80,12 @@ class SearchFolder:
         self.journal = self.run.path / "candidates.jsonl"
         self.result = self.run.path / "search.json"
         self.latency = self.run.path / "latency.json"
+
+    @property
+    def draws(self) -> int:
+        """:data:`DRAWS` of the version that began it; 1 before any was written."""
+        found: int = self.read().get("draws", 1)
+        return found
 
     @property
     def is_search(self) -> bool:
@@ -394,6 +402,7 @@ def _record(opened: Opened, result: SearchResult, begun: float, *, finished: boo
     top = [_network(opened, candidate) for candidate in result.top(TOP)]
     return {
         "finished": finished,
+        "draws": DRAWS,
         "method": settings.method,
         "fitness": settings.fitness,
         "metric": opened.metric,
@@ -462,7 +471,8 @@ def _previous(config: Config, out: str | Path | None, resume: str | None) -> Sea
         return SearchFolder(out) if SearchFolder(out).is_search else None
     for run in runs(COMMAND):
         folder = SearchFolder(run.path)
-        if folder.is_search and _differences(run.config(), config) == []:
+        same = folder.is_search and folder.draws == DRAWS
+        if same and _differences(run.config(), config) == []:
             return folder
     return None
 
@@ -486,7 +496,13 @@ def _refuse_search(out: str | Path) -> None:
 
 
 def _check_same(folder: SearchFolder, opened: Opened) -> None:
-    """Refuse to go on with another supernet or with settings of another sequence."""
+    """Refuse to go on with another supernet, or with settings or a version of another sequence."""
+    if folder.draws != DRAWS:
+        raise ConfigError(
+            f"{folder.run.path}: must be begun by a version that draws random numbers as this one "
+            f"(way {DRAWS}), got way {folder.draws}, whose scores would not compare; take another "
+            "folder for a new search"
+        )
     stored = folder.read()["supernet"].get("hash")
     ours = _hash(opened)
     if stored != ours:

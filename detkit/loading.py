@@ -186,6 +186,9 @@ def load(
     overrides: Iterable[Mapping[str, Any]] = (),
     *,
     fast: bool = False,
+    bf16: bool = False,
+    compile: bool = False,
+    cuda_graph: bool = False,
 ) -> Loaded:
     """Rebuild the model of a checkpoint with its deployed weights (EMA where there is one).
 
@@ -194,23 +197,33 @@ def load(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         overrides: layers of settings on top of the checkpoint's.
         fast: give the model the form that detects fastest (:func:`detkit.deploy.fast`); boxes and
-            scores are the same up to rounding.
+            scores are the same up to rounding. The last two imply it.
+        bf16: run the layers in bfloat16.
+        compile: detect through ``torch.compile``; each shape of a batch takes a minute or more on
+            its first call, and what cannot be compiled raises ConfigError.
+        cuda_graph: detect by CUDA graphs, one for each shape of a batch.
 
     Raises:
         CheckpointError: the file is no detkit checkpoint, or its weights do not fit the model.
-        ConfigError: an unknown setting or device; a supernet is to be fast.
+        ConfigError: an unknown setting or device; a form the model or the device does not go with.
     """
+    form = deploy.Form(fast=fast, bf16=bf16, compile=compile, cuda_graph=cuda_graph)
     stored = foreign.load(path)
     _tell_origin(stored, str(path))
     loaded = restore(stored, str(path), pick_device(device), overrides)
-    if not fast:
+    return in_form(loaded, form)
+
+
+def in_form(loaded: Loaded, form: deploy.Form) -> Loaded:
+    """``loaded`` made ready to detect; raises ConfigError as :meth:`detkit.deploy.Form.apply`."""
+    if form == deploy.Form():
         return loaded
     if loaded.kind == "supernet":
         raise ConfigError(
             "load: fast must go with a single network, got a supernet, whose batch norms are each "
             "path's own"
         )
-    return replace(loaded, model=deploy.fast(loaded.model))
+    return replace(loaded, model=form.apply(loaded.model))
 
 
 def restore(

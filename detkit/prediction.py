@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from detkit import rle
 from detkit.config import Config
 from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import eval_batches
 from detkit.data.pictures import Picture, find_pictures, open_pictures
-from detkit.engine import rle
 from detkit.engine.detections import Record, detect_dataset
 from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
 from detkit.models.zoo import WITH_MASKS

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+# Without it torch's matrix products refuse CUDA tensors in deterministic mode; read on first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 def pytest_report_header() -> str:
     from detkit.ops import backend

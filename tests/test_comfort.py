@@ -267,6 +267,12 @@ def test_twelve_metrics_come_as_six_and_six(
     assert found == [METRICS[:6], METRICS[6:]]
 
 
+def test_a_table_of_one_column_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two paths of a supernet that were scored by nothing: no columns beside their names."""
+    print_table(rows_table("paths", ["path"], [["1-2"], ["0-3"]]))
+    assert {"1-2", "0-3"} <= set(capsys.readouterr().out.split())
+
+
 def test_problems_of_a_set_are_lines_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from detectors import ONE_STAGE, PYRAMIDS
 
 from detkit.config import UNUSED, Config, resolve, to_plain
 from detkit.errors import ConfigError
@@ -15,7 +16,6 @@ from detkit.models.zoo import DETECTORS, build_detector
 from detkit.types import Batch, Target
 
 TABLES = ("model", "anchors", "rpn", "box", "thin", "retina", "mask")
-PYRAMIDS = ("frcnn-fpn", "maskrcnn-fpn", "retinanet", "light-head-fpn")
 
 
 def small(detector: str, **box: Any) -> Config:
@@ -28,7 +28,7 @@ def small(detector: str, **box: Any) -> Config:
         },
         {"box": {"score_threshold": 0.0, "max_detections": 3} | box},
     ]
-    if detector != "retinanet":
+    if detector not in ONE_STAGE:
         layers.append({"rpn": {"post_nms_train": 20, "post_nms_test": 20}})
     return resolve(layers)
 
@@ -63,7 +63,7 @@ def read_by(config: Config) -> set[str]:
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_what_a_detector_does_not_read_is_refused(detector: str) -> None:
     variants = [small(detector)]
-    if detector != "retinanet":  # what random sampling and mining read, and PS-RoIAlign
+    if detector not in ONE_STAGE:  # what random sampling and mining read, and PS-RoIAlign
         other = {"ps_pool": "max"} if detector.startswith("rfcn") else {}
         variants = [small(detector, ohem=0), small(detector, ohem=8, **other)]
     read = set[str]().union(*(read_by(config) for config in variants))

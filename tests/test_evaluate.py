@@ -23,8 +23,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from detkit import rle
 from detkit.engine import evaluate as evaluation
-from detkit.engine import rle
 from detkit.engine.classification import top1
 from detkit.engine.detections import detect_dataset
 from detkit.engine.evaluate import evaluate, normalise_truth

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectors import ONE_STAGE
 from PIL import Image
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ def smaller(detector: str) -> dict[str, dict[str, Any]]:
     """Fewer candidates and detections."""
     one_stage = {"retina": {"pre_nms": 60}}
     two_stages = {"rpn": {"pre_nms_test": 100, "post_nms_test": 60}}
-    candidates = one_stage if detector == "retinanet" else two_stages
+    candidates = one_stage if detector in ONE_STAGE else two_stages
     return {**candidates, "box": {"max_detections": 40}}
 
 

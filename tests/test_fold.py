@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from detectors import ONE_STAGE, PYRAMIDS
 from torch import Tensor, nn
 
 from detkit import ops
@@ -98,9 +99,9 @@ def test_detectors_detect_the_same(detector: str) -> None:
     """With batch norm everywhere, in neck and heads too; the same boxes, labels and scores."""
     names = {"detector": detector, "backbone": "resnet50-tiny", "norm": "bn", "head_norm": "bn"}
     layers = [{"model": names, "box": {"max_detections": 20}}]
-    if detector.endswith("fpn") or detector == "retinanet":
+    if detector in PYRAMIDS:
         layers.append({"model": {"neck_channels": 32}})
-    if detector != "retinanet":
+    if detector not in ONE_STAGE:
         channels = 0 if detector in ("rfcn", "frcnn-c4") else 64
         layers.append({"box": {"channels": channels}, "rpn": {"post_nms_test": 100}})
     model = randomised(build_detector(resolve(layers), 3))

@@ -77,6 +77,48 @@ def test_fuzz_against_torchvision(tv, rows: list[tuple[int, ...]], threshold: fl
     assert torch.equal(ops.nms(boxes, scores, threshold), tv.ops.nms(boxes, scores, threshold))
 
 
+def many_boxes(kind: str, n: int, g: torch.Generator) -> Tensor:
+    """Boxes of which hundreds stay, so that the CPU kernel indexes them; float64."""
+    place, sides = torch.rand(2, n, 2, generator=g, dtype=torch.float64)
+    if kind == "integers":  # many IoUs exactly at the threshold
+        place, sides = (place * 200).floor(), (sides * 30).floor()
+    elif kind == "any size":
+        place, sides = place * 1000, torch.exp(sides * 5) * 4
+    elif kind == "one centre":
+        sides = 1.02 ** (sides * 500).floor()
+        place = 50 - sides / 2
+    elif kind == "nested":
+        sides = torch.exp2(sides * 2 + torch.rand(n, 1, generator=g) * 12)
+        place = place * sides / 5
+    elif kind == "far apart":  # a box is a millionth of the image
+        place, sides = place * 1e7, torch.exp(sides * 18) / 100
+    else:  # inverted and empty boxes and a few that are not finite
+        place, sides = (place * 100).floor(), (sides * 20).floor() - 4
+        odd = torch.rand(n, 2, generator=g) < 0.01
+        place[odd] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])[
+            torch.arange(int(odd.sum())) % 4
+        ].double()
+    return torch.cat([place, place + sides], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "kind", ["integers", "any size", "one centre", "nested", "far apart", "broken"]
+)
+def test_many_boxes_are_kept_as_by_torchvision(tv, kind: str, dtype: torch.dtype) -> None:
+    """Places, sizes and offsets at which an index of the kept boxes could miss a pair."""
+    g = torch.Generator().manual_seed(len(kind))
+    most = 0
+    for scale, offset in ((1.0, 0.0), (1e-3, -0.1), (1e-20, 0.0), (8.0, -1e5)):
+        boxes = (many_boxes(kind, 1500, g) * scale + offset).to(dtype)
+        scores = torch.randint(300, (1500,), generator=g).to(dtype)
+        for t in (0.0, 0.05, 0.2, 0.5, 0.7, 0.9, 1.0):
+            kept = ops.nms(boxes, scores, t)
+            assert torch.equal(kept, tv.ops.nms(boxes, scores, t))
+            most = max(most, len(kept))
+    assert most > 600
+
+
 SPECIAL = [
     0.0,
     -0.0,

@@ -5,6 +5,7 @@ recipes for the winner, wrong input.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,13 @@ def test_what_would_mix_two_searches_is_refused(
     line = ["search", "other.pth", "--out", "found", "--resume", "auto", *SHORT, *LIMIT]
     code, answer = call(capsys, *line)
     assert code == 3 and "must be the supernet that found searches" in answer["error"]
+    begun = json.loads(Path("found/search.json").read_text())
+    del begun["draws"]  # as versions wrote it that drew other RoIs
+    shutil.copytree("found", "older")
+    Path("older/search.json").write_text(json.dumps(begun))
+    line = ["search", supernet(), "--out", "older", "--resume", "auto", *SHORT, *LIMIT]
+    code, answer = call(capsys, *line)
+    assert code == 2 and "older: must be begun by a version that draws" in answer["error"]
 
 
 def test_killed_it_goes_on_with_the_same_sequence(

@@ -1,6 +1,6 @@
 """What the compiler makes of the CUDA kernels: registers, spills, shared memory, occupancy, SASS.
 
-Needs nvcc; with cuobjdump on the path (nvidia-cuda-cuobjdump from PyPI has it) also counts
+Needs nvcc; with cuobjdump and nvdisasm on the path (PyPI has both as nvidia-cuda-*) also counts
 instructions. Prints a Markdown table; no GPU is needed, and nothing is run.
 
     python tools/kernel_table.py [--arch 80 --arch 90] [--only float,__half]
@@ -96,7 +96,7 @@ def instructions(cubin: Path) -> dict[str, dict[str, int]]:
         name = short_name(demangled(part.split("\n")[0]).strip())
         counts[name] = {
             what: len(re.findall(rf"\b{re.escape(what)}[ .]", part))
-            for what in ("HMMA.16816", "LDSM.16", "LDGSTS.E.BYPASS")
+            for what in ("HMMA.16816", "HMMA.1688", "LDSM.16", "LDGSTS.E.BYPASS")
         }
         counts[name]["LDG.128"] = len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", part))
         counts[name]["REDG"] = len(re.findall(r"\b(?:REDG?|ATOMG?)\.E", part))  # atomics

@@ -21,3 +21,6 @@
 #endif
 
 #define DETKIT_RESTRICT __restrict__
+
+// For helpers that must be compiled with the instruction set of their caller.
+#define DETKIT_INLINE inline __attribute__((always_inline))

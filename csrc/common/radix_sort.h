@@ -1,11 +1,10 @@
-// Stable radix sort of indices by unsigned keys; digits that are equal in all keys cost nothing but
-// the count.
+// Stable radix sort by unsigned keys.
 #pragma once
 
-#include <array>
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -24,22 +23,43 @@ auto descending_key(Score score) {
   return static_cast<Key>(bits & sign ? bits : ~(bits | sign));
 }
 
-// Reorders `index` so that keys[index[i]] ascends; equal keys stay in their order.
 template <class Key>
-void sort_by_key(const std::vector<Key>& keys, std::vector<int32_t>& index) {
-  constexpr int kDigits = sizeof(Key);
-  std::vector<std::array<uint32_t, 256>> counts(kDigits, std::array<uint32_t, 256>{});
-  for (const int32_t i : index) {
-    for (int digit = 0; digit < kDigits; ++digit) ++counts[digit][keys[i] >> (8 * digit) & 255];
+struct Keyed {
+  Key key;
+  int32_t index;
+};
+
+// Sorts by ascending key; equal keys stay in their order. Only the bits in which the keys lie apart
+// cost passes: classes, for one, take a single counting sort. Keys are lowered by the least one.
+template <class Key>
+void sort_by_key(std::vector<Keyed<Key>>& items) {
+  if (items.empty()) return;
+  Key least = items[0].key, most = least;
+  for (const auto& item : items) {
+    least = std::min(least, item.key);
+    most = std::max(most, item.key);
   }
-  std::vector<int32_t> sorted(index.size());
-  for (int digit = 0; digit < kDigits && !index.empty(); ++digit) {
-    auto& count = counts[digit];
-    if (count[keys[index[0]] >> (8 * digit) & 255] == index.size()) continue;
+  const int bits = std::bit_width(static_cast<Key>(most - least));
+  if (bits == 0) return;
+  const int most_bits = items.size() < 4096 ? 9 : 11;  // counters are cleared and summed too
+  const int passes = (bits + most_bits - 1) / most_bits;
+  const int digit = (bits + passes - 1) / passes;
+  const Key mask = (Key(1) << digit) - 1;
+  std::vector<uint32_t> counts(static_cast<size_t>(passes) << digit);
+  for (auto& item : items) {
+    Key rest = item.key -= least;
+    for (uint32_t* count = counts.data(); count != counts.data() + counts.size();
+         count += mask + 1, rest >>= digit) {
+      ++count[rest & mask];
+    }
+  }
+  std::vector<Keyed<Key>> sorted(items.size());
+  for (int pass = 0; pass < passes; ++pass) {
+    uint32_t* count = counts.data() + (static_cast<size_t>(pass) << digit);
     uint32_t start = 0;
-    for (uint32_t& c : count) start += std::exchange(c, start);
-    for (const int32_t i : index) sorted[count[keys[i] >> (8 * digit) & 255]++] = i;
-    index.swap(sorted);
+    for (Key value = 0; value <= mask; ++value) start += std::exchange(count[value], start);
+    for (const auto& item : items) sorted[count[item.key >> (pass * digit) & mask]++] = item;
+    items.swap(sorted);
   }
 }
 

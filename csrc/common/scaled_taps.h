@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "common/macros.h"
+#include "common/rounded.h"
 
 namespace detkit {
 
@@ -31,7 +32,7 @@ template <typename T>
 DETKIT_HD Tap<T> scaled_tap(int64_t i, T scale, int64_t reach) {
   const int64_t sign = (i > 0) - (i < 0);
   const T slope = static_cast<T>(i < 0 ? -i : i);
-  const T distance = slope * scale;
+  const T distance = rounded_mul(slope, scale);  // the fraction must not be of another distance
   const T whole = std::floor(distance);
   const T fraction = distance - whole;
   int64_t steps = 0;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/nms_kernel.h"
 #include "nms_inputs.h"
@@ -9,15 +10,15 @@
 namespace detkit::cpu {
 namespace {
 
+// The survivors' indices, best score first.
 template <class T>
-int64_t run(const Tensor& boxes, const Tensor& scores, const int64_t* classes, double threshold,
-            int64_t* keep) {
-  const auto* box = boxes.const_data_ptr<T>();
-  const int64_t n = boxes.size(0);
-  if (scores.scalar_type() == ScalarType::Double) {
-    return nms(box, scores.const_data_ptr<double>(), classes, n, threshold, keep);
+std::vector<int64_t> survivors(const NmsInputs& in, double threshold) {
+  const auto* box = in.boxes.const_data_ptr<T>();
+  const int64_t n = in.boxes.size(0);
+  if (in.scores.scalar_type() == ScalarType::Double) {
+    return nms(box, in.scores.const_data_ptr<double>(), in.class_data(), n, threshold);
   }
-  return nms(box, scores.const_data_ptr<float>(), classes, n, threshold, keep);
+  return nms(box, in.scores.const_data_ptr<float>(), in.class_data(), n, threshold);
 }
 
 Tensor nms_of_classes(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs,
@@ -25,14 +26,12 @@ Tensor nms_of_classes(const Tensor& boxes, const Tensor& scores, const std::opti
   const NmsInputs in = nms_inputs(boxes, scores, idxs);
   const int64_t n = in.boxes.size(0);
   STD_TORCH_CHECK(n <= INT32_MAX, "nms: at most 2^31 - 1 boxes, got ", n);
-  Tensor keep = torch::stable::new_empty(boxes, {n}, ScalarType::Long);
-  auto* keep_data = keep.mutable_data_ptr<int64_t>();
-  const int64_t count =
-      in.boxes.scalar_type() == ScalarType::Double
-          ? run<double>(in.boxes, in.scores, in.class_data(), threshold, keep_data)
-          : run<float>(in.boxes, in.scores, in.class_data(), threshold, keep_data);
-  // A copy, so that a few survivors do not hold the memory of all candidates.
-  return torch::stable::clone(torch::stable::narrow(keep, 0, 0, count));
+  const std::vector<int64_t> kept = in.boxes.scalar_type() == ScalarType::Double
+                                        ? survivors<double>(in, threshold)
+                                        : survivors<float>(in, threshold);
+  Tensor result = torch::stable::new_empty(boxes, {int64_t(kept.size())}, ScalarType::Long);
+  if (!kept.empty()) std::copy(kept.begin(), kept.end(), result.mutable_data_ptr<int64_t>());
+  return result;
 }
 
 Tensor nms_op(const Tensor& boxes, const Tensor& scores, double iou_threshold) {

@@ -1,148 +1,190 @@
-// Boxes are visited best score first; each is compared with the boxes kept so far, a block at a
-// time, and the first hit ends it. That reads the kept boxes only, in order, where the classical
-// mask reads all pairs.
+// Boxes are visited best score first; each is compared with the boxes kept so far, and the first
+// hit ends it. While few are kept they are a list, read from its beginning; a longer one becomes an
+// index.
 #include "cpu/nms_kernel.h"
 
 #include <algorithm>
-#include <numeric>
+#include <optional>
 #include <vector>
 
 #include "common/box.h"
 #include "common/macros.h"
 #include "common/radix_sort.h"
+#include "cpu/kept_block.h"
+#include "cpu/kept_index.h"
+#include "cpu/kept_list.h"
 
 namespace detkit::cpu {
 namespace {
 
-constexpr int64_t kBlock = 32;
+constexpr int64_t kListed = 512;  // as many tests of a list cost what an index does
+constexpr int64_t kAhead = 8;     // rows fetched before their turn: their order is random
 
-// The kept boxes, one array per coordinate, filled up to a whole block with boxes that no test
-// hits.
+// Boxes of one class: `rows` are their indices, best score first; `survives` has a value for each.
 template <class T>
-struct Kept {
-  std::vector<T> x1, y1, x2, y2, area;
-  int64_t count = 0;
+struct Group {
+  const T* boxes;
+  const int32_t* rows;
+  int64_t size;
+  double threshold;
+  char* survives;
 
-  explicit Kept(int64_t capacity) {
-    const auto size = static_cast<size_t>((capacity + kBlock - 1) / kBlock * kBlock);
-    for (auto* column : {&x1, &y1, &x2, &y2}) column->resize(size, T(0));
-    area.resize(size, std::numeric_limits<T>::quiet_NaN());
-  }
-
-  void clear() {
-    std::fill_n(area.begin(), count, std::numeric_limits<T>::quiet_NaN());
-    count = 0;
-  }
-
-  void push(const Box<T>& box, T box_area) {
-    x1[count] = box.x1;
-    y1[count] = box.y1;
-    x2[count] = box.x2;
-    y2[count] = box.y2;
-    area[count++] = box_area;
-  }
+  const T* box(int64_t i) const { return boxes + int64_t(4) * rows[i]; }
 };
 
-// What a comparison with the kept boxes needs besides them.
 template <class T>
-struct Threshold {
-  T exact;  // round_down of the caller's threshold
-  T loose;  // a little below: a product beside it decides all but the close calls, which then
-            // divide
-
-  explicit Threshold(double t)
-      : exact(round_down<T>(t)),
-        loose(static_cast<T>(t * (1 - 8 * double(std::numeric_limits<T>::epsilon())))) {}
-};
-
-// The first block from `block` on with a box that may suppress `box`; the end where there is none.
-#define DETKIT_FIRST_CLOSE_BLOCK(T)                                                              \
-  DETKIT_CLONES int64_t first_close_block(const Kept<T>& kept, int64_t block, const Box<T>& box, \
-                                          T box_area, T loose) {                                 \
-    for (; block < kept.count; block += kBlock) {                                                \
-      const T* DETKIT_RESTRICT x1 = kept.x1.data() + block;                                      \
-      const T* DETKIT_RESTRICT y1 = kept.y1.data() + block;                                      \
-      const T* DETKIT_RESTRICT x2 = kept.x2.data() + block;                                      \
-      const T* DETKIT_RESTRICT y2 = kept.y2.data() + block;                                      \
-      const T* DETKIT_RESTRICT area = kept.area.data() + block;                                  \
-      int hits = 0;                                                                              \
-      for (int64_t k = 0; k < kBlock; ++k) {                                                     \
-        const T inter = box_intersection(Box<T>{x1[k], y1[k], x2[k], y2[k]}, box);               \
-        hits |= (inter > 0) & (inter >= loose * box_union(area[k], box_area, inter));            \
-      }                                                                                          \
-      if (hits) break;                                                                           \
-    }                                                                                            \
-    return block;                                                                                \
+std::optional<KeptIndex<T>> index_of(const KeptList<T>& list, const Group<T>& group,
+                                     const Threshold<T>& threshold) {
+  if (group.threshold < KeptIndex<T>::kLeastThreshold) return std::nullopt;
+  BoxStatistics<T> statistics;
+  for (int64_t i = 0; i < group.size; ++i) statistics.add(Candidate<T>(group.box(i)));
+  if (!KeptIndex<T>::covers(statistics, group.threshold)) return std::nullopt;
+  KeptIndex<T> index(statistics, group.size, group.threshold);
+  for (int64_t k = 0; k < list.size(); ++k) {
+    index.push(list.box(k), threshold.share(box_area(list.box(k))));
   }
-DETKIT_FIRST_CLOSE_BLOCK(float)
-DETKIT_FIRST_CLOSE_BLOCK(double)
-#undef DETKIT_FIRST_CLOSE_BLOCK
-
-template <class T>
-bool is_suppressed(const Kept<T>& kept, const Box<T>& box, T area, const Threshold<T>& threshold) {
-  int64_t block = first_close_block(kept, 0, box, area, threshold.loose);
-  while (block < kept.count) {
-    for (int64_t k = block; k < std::min(block + kBlock, kept.count); ++k) {
-      const Box<T> other{kept.x1[k], kept.y1[k], kept.x2[k], kept.y2[k]};
-      if (iou_exceeds(other, kept.area[k], box, area, threshold.exact)) return true;
-    }
-    block = first_close_block(kept, block + kBlock, box, area, threshold.loose);
-  }
-  return false;
+  return index;
 }
 
-// Ranks of the boxes by class and, within a class, by rank; [0, n) already is by score.
-std::vector<int32_t> ranks_by_class(const std::vector<int32_t>& order, const int64_t* classes) {
-  std::vector<int32_t> ranks(order.size());
-  std::iota(ranks.begin(), ranks.end(), 0);
-  if (classes == nullptr) return ranks;
-  std::vector<uint64_t> keys(order.size());
-  for (size_t r = 0; r < order.size(); ++r) keys[r] = static_cast<uint64_t>(classes[order[r]]);
-  sort_by_key(keys, ranks);
-  return ranks;
+template <class T, int kBytes>
+DETKIT_INLINE void keep_greedily(const Group<T>& group, KeptList<T>& list) {
+  const Threshold<T> threshold(group.threshold);
+  std::optional<KeptIndex<T>> index;
+  list.clear();
+  for (int64_t i = 0; i < group.size; ++i) {
+    if (i + kAhead < group.size) __builtin_prefetch(group.box(i + kAhead));
+    const Candidate<T> candidate(group.box(i));
+    group.survives[i] = 1;
+    if (!candidate.has_extent()) continue;
+    const Comparison<T, kBytes> comparison(candidate, threshold);
+    if (index ? index->suppresses(candidate.box, comparison) : list.suppresses(comparison)) {
+      group.survives[i] = 0;
+      continue;
+    }
+    const T share = threshold.share(candidate.area);
+    if (index) {
+      index->push(candidate.box, share);
+    } else {
+      list.push(candidate.box, share);
+      if (list.size() == kListed) index = index_of(list, group, threshold);
+    }
+  }
+}
+
+// Where even boxes apart exceed the threshold.
+template <class T>
+void keep_below_zero(const Group<T>& group) {
+  std::vector<Candidate<T>> kept;
+  for (int64_t i = 0; i < group.size; ++i) {
+    const Candidate<T> candidate(group.box(i));
+    group.survives[i] = std::none_of(kept.begin(), kept.end(), [&](const Candidate<T>& other) {
+      return iou_exceeds(other.box, other.area, candidate.box, candidate.area,
+                         round_down<T>(group.threshold));
+    });
+    if (group.survives[i]) kept.push_back(candidate);
+  }
+}
+
+// One function per instruction set, each with vectors as wide as its registers.
+template <class T>
+void keep_by_16_bytes(const Group<T>& group, KeptList<T>& list) {
+  keep_greedily<T, 16>(group, list);
+}
+#if DETKIT_HAS_CLONES
+template <class T>
+__attribute__((target("arch=x86-64-v3"))) void keep_by_32_bytes(const Group<T>& group,
+                                                                KeptList<T>& list) {
+  keep_greedily<T, 32>(group, list);
+}
+template <class T>
+__attribute__((target("arch=x86-64-v4"))) void keep_by_64_bytes(const Group<T>& group,
+                                                                KeptList<T>& list) {
+  keep_greedily<T, 64>(group, list);
+}
+#endif
+
+template <class T>
+void keep(const Group<T>& group, KeptList<T>& list) {
+  if (group.threshold < 0) return keep_below_zero(group);
+#if DETKIT_HAS_CLONES
+  static const auto widest = __builtin_cpu_supports("x86-64-v4")   ? keep_by_64_bytes<T>
+                             : __builtin_cpu_supports("x86-64-v3") ? keep_by_32_bytes<T>
+                                                                   : keep_by_16_bytes<T>;
+  widest(group, list);
+#else
+  keep_by_16_bytes(group, list);
+#endif
 }
 
 template <class Score>
 std::vector<int32_t> order_by_score(const Score* scores, int64_t n) {
-  std::vector<decltype(descending_key(*scores))> keys(n);
-  for (int64_t i = 0; i < n; ++i) keys[i] = descending_key(scores[i]);
+  std::vector<Keyed<decltype(descending_key(*scores))>> items(n);
+  for (int64_t i = 0; i < n; ++i) items[i] = {descending_key(scores[i]), static_cast<int32_t>(i)};
+  sort_by_key(items);
   std::vector<int32_t> order(n);
-  std::iota(order.begin(), order.end(), 0);
-  sort_by_key(keys, order);
+  for (int64_t i = 0; i < n; ++i) order[i] = items[i].index;
   return order;
+}
+
+// Ranks in `order`, those of a class side by side.
+std::vector<Keyed<uint64_t>> ranks_by_class(const std::vector<int32_t>& order,
+                                            const int64_t* classes) {
+  std::vector<Keyed<uint64_t>> ranks(order.size());
+  for (size_t r = 0; r < order.size(); ++r) {
+    // the sign bit turned over, so that negative classes lie next to 0
+    const uint64_t key = static_cast<uint64_t>(classes[order[r]]) ^ (uint64_t(1) << 63);
+    ranks[r] = {key, static_cast<int32_t>(r)};
+  }
+  sort_by_key(ranks);
+  return ranks;
+}
+
+// As `keep`, for each class by itself; `survives` has a value for each rank.
+template <class T>
+void keep_within_classes(const Group<T>& all, const std::vector<int32_t>& order,
+                         const int64_t* classes, KeptList<T>& list) {
+  const std::vector<Keyed<uint64_t>> ranks = ranks_by_class(order, classes);
+  std::vector<int32_t> rows(order.size());
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = order[ranks[i].index];
+  std::vector<char> survives(order.size());
+  for (size_t first = 0, last = 0; first < ranks.size(); first = last) {
+    while (last < ranks.size() && ranks[last].key == ranks[first].key) ++last;
+    keep(Group<T>{all.boxes, rows.data() + first, int64_t(last - first), all.threshold,
+                  survives.data() + first},
+         list);
+  }
+  for (size_t i = 0; i < ranks.size(); ++i) all.survives[ranks[i].index] = survives[i];
 }
 
 }  // namespace
 
 template <class T, class Score>
-int64_t nms(const T* boxes, const Score* scores, const int64_t* classes, int64_t n,
-            double threshold, int64_t* keep) {
+std::vector<int64_t> nms(const T* boxes, const Score* scores, const int64_t* classes, int64_t n,
+                         double threshold) {
+  if (n == 0) return {};
   const std::vector<int32_t> order = order_by_score(scores, n);
-  const std::vector<int32_t> ranks = ranks_by_class(order, classes);
-  const Threshold<T> limit(threshold);
-  Kept<T> kept(n);
-  std::vector<char> survives(n, 0);  // by rank
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t rank = ranks[i];
-    const int32_t index = order[rank];
-    if (classes != nullptr && i > 0 && classes[index] != classes[order[ranks[i - 1]]]) kept.clear();
-    const T* row = boxes + int64_t(4) * index;
-    const Box<T> box{row[0], row[1], row[2], row[3]};
-    const T area = box_area(box);
-    if (is_suppressed(kept, box, area, limit)) continue;
-    survives[rank] = 1;
-    kept.push(box, area);
+  std::vector<char> survives(n);  // by rank
+  const Group<T> all{boxes, order.data(), n, threshold, survives.data()};
+  KeptList<T> list;
+  if (classes == nullptr) {
+    keep(all, list);
+  } else {
+    keep_within_classes(all, order, classes, list);
   }
+  std::vector<int64_t> kept(n);
   int64_t count = 0;
-  for (int64_t rank = 0; rank < n; ++rank) {
-    if (survives[rank]) keep[count++] = order[rank];
+  for (int64_t rank = 0; rank < n; ++rank) {  // no branch: it would be a coin's toss
+    kept[count] = order[rank];
+    count += survives[rank];
   }
-  return count;
+  kept.resize(count);
+  return kept;
 }
 
-template int64_t nms(const float*, const float*, const int64_t*, int64_t, double, int64_t*);
-template int64_t nms(const float*, const double*, const int64_t*, int64_t, double, int64_t*);
-template int64_t nms(const double*, const float*, const int64_t*, int64_t, double, int64_t*);
-template int64_t nms(const double*, const double*, const int64_t*, int64_t, double, int64_t*);
+using Indices = std::vector<int64_t>;
+template Indices nms(const float*, const float*, const int64_t*, int64_t, double);
+template Indices nms(const float*, const double*, const int64_t*, int64_t, double);
+template Indices nms(const double*, const float*, const int64_t*, int64_t, double);
+template Indices nms(const double*, const double*, const int64_t*, int64_t, double);
 
 }  // namespace detkit::cpu

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/macros.h"
+
 namespace detkit::cpu {
 namespace {
 
 // Sums run in this many lanes on every instruction set, so results do not depend on it.
 constexpr int64_t kLanes = 16;
-
-#define DETKIT_INLINE inline __attribute__((always_inline))
 
 // Outputs [q0, q1) of one row: they read x[q * stride + offset].
 struct Span {

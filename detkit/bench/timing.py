@@ -68,10 +68,11 @@ def clock(call: Call, device: torch.device, turn: int, repeats: int) -> float:
     """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for i in range(repeats):
-            call(turn + i)
-        end.record()
+        with torch.cuda.device(device):  # whose stream the events are to be on
+            start.record()
+            for i in range(repeats):
+                call(turn + i)
+            end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / repeats
     read = time.process_time if torch.get_num_threads() == 1 else time.perf_counter

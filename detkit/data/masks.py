@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from detkit.rle import run_lengths
+
 
 def segmentation_fault(segmentation: Any, height: int, width: int) -> str:
     """What is wrong with a segmentation, or an empty string; size 0 x 0 means unknown."""
@@ -39,41 +41,13 @@ def _rle_fault(rle: dict[str, Any], height: int, width: int) -> str:
             return "RLE counts that are not all whole numbers"
         total = sum(counts)
     elif isinstance(counts, str):
-        runs = _string_counts(counts)
-        if runs is None:
+        runs = run_lengths(counts)
+        if runs is None or (runs < 0).any():
             return "RLE counts that break off"
-        total = sum(runs)
+        total = int(runs.sum())
     else:
         return "RLE without counts"
     return "" if total == size[0] * size[1] else f"RLE of {total} pixels for {size[0] * size[1]}"
-
-
-def _string_counts(text: str) -> list[int] | None:
-    """Run lengths of COCO's compact RLE, or None where it breaks off; pycocotools does not check.
-
-    Digits of base 32 start at chr(48); from the fourth run on, the one two before is taken off.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    open_number = False
-    for character in text:
-        digit = ord(character) - 48
-        if not 0 <= digit < 64 or shift > 30:
-            return None
-        value |= (digit & 31) << shift
-        shift += 5
-        open_number = bool(digit & 32)
-        if open_number:
-            continue
-        if digit & 16:
-            value -= 1 << shift
-        if len(runs) > 2:
-            value += runs[-2]
-        if value < 0:
-            return None
-        runs.append(value)
-        value = shift = 0
-    return None if open_number else runs
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:

@@ -2,5 +2,6 @@
 
 from detkit.deploy.fast import fast
 from detkit.deploy.fold import fold
+from detkit.deploy.form import Form
 
-__all__ = ["fast", "fold"]
+__all__ = ["Form", "fast", "fold"]

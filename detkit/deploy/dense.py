@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detkit.config import BoxConfig, DataConfig
+from detkit.config import DataConfig
 from detkit.deploy.adaptive import mean_of_samples
 from detkit.deploy.onnx_ops import LOWEST, nms_mask, roi_align
 from detkit.errors import ConfigError
 from detkit.models.detector import OneStageDetector, TwoStageDetector, image_size
 from detkit.models.heads.box import BoxHead
+from detkit.models.heads.detections import usable
 from detkit.models.heads.mask import MaskHead
 from detkit.models.heads.ps_roi import PsAlign, PsCells
 from detkit.models.heads.retina import RetinaHead
@@ -161,7 +162,7 @@ def box_detections(
     found = box_ops.decode(deltas, boxes.flatten(0, 1), config.weights)  # (N*P, K or 1, 4)
     found = found.unflatten(0, (n, p)).transpose(1, 2)  # (N, K or 1, P, 4)
     found = clipped(found.flatten(1, 2), sizes).view_as(found)
-    scores = torch.where(_usable(found, config), scores, -torch.inf)
+    scores = torch.where(usable(found, config), scores, -torch.inf)
     if found.shape[1] == 1:
         kept = nms_mask(found[:, 0], scores, config.nms_iou)
     else:
@@ -239,7 +240,7 @@ def one_stage(
     every = output.anchors.expand(row.shape[0], -1, -1)
     boxes = decoded(rows_of(output.deltas, row), rows_of(every, row), config.weights)
     boxes = clipped(boxes, sizes)
-    score = torch.where(_usable(boxes, config), score, -torch.inf)
+    score = torch.where(usable(boxes, config), score, -torch.inf)
     own = label[:, None] == torch.arange(classes, device=label.device)[:, None]  # (N, K, C)
     kept = nms_mask(boxes, torch.where(own, score[:, None], -torch.inf), config.nms_iou)
     score, index = best(torch.where(kept.any(1), score, -torch.inf), config.max_detections)
@@ -269,24 +270,13 @@ def decoded(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1.0,)
 
 def clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (N, K, 4) moved into their images of ``sizes`` (N, 2) height and width."""
-    limits = torch.cat([sizes.flip(1), sizes.flip(1)], 1).to(boxes.dtype)
-    return torch.minimum(boxes.clamp(min=0), limits[:, None])
-
-
-def _sides(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).amin(-1)
+    return torch.minimum(boxes.clamp(min=0), box_ops.limits(sizes, boxes)[:, None])
 
 
 def _large(boxes: Tensor, least: float) -> Tensor:
     """Whether boxes (..., 4) are not empty and no side is below ``least``."""
-    side = _sides(boxes)
+    side = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
     return (side > 0) & (side >= least)
-
-
-def _usable(boxes: Tensor, config: BoxConfig) -> Tensor:
-    """Whether boxes (..., 4) may be detections."""
-    side = _sides(boxes)
-    return ((side > 0) | config.keep_empty) & (side >= config.min_size)
 
 
 def _filled(boxes: Tensor, labels: Tensor, scores: Tensor) -> Found:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from detkit.engine import rle
+from detkit import rle
 from detkit.errors import DataError
 from detkit.garbage import no_collection
 

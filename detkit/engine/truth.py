@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from detkit.engine import rle
+from detkit import rle
 from detkit.errors import DataError
 
 Record = dict[str, Any]

@@ -76,6 +76,7 @@ class AnchorGrid:
             self.cells = [caffe_cell_anchors(s, ratios, stride) for s, stride in levels]
         else:
             self.cells = [cell_anchors(s, ratios) for s in sizes]
+        self._placed: dict[torch.device, list[Tensor]] = {}
 
     @property
     def per_cell(self) -> list[int]:
@@ -101,9 +102,20 @@ class AnchorGrid:
         return [
             self._level(cell, steps, shape, device)
             for cell, steps, shape in zip(
-                self.cells, self._steps(shapes, image), shapes, strict=True
+                self._cells_on(torch.device(device)),
+                self._steps(shapes, image),
+                shapes,
+                strict=True,
             )
         ]
+
+    def _cells_on(self, device: torch.device) -> list[Tensor]:
+        """The cells' anchors; on a GPU copied once, since a CUDA graph can hold no such copy."""
+        if device.type == "cpu":
+            return self.cells
+        if device not in self._placed:
+            self._placed[device] = [cell.to(device) for cell in self.cells]
+        return self._placed[device]
 
     def _steps(
         self, shapes: Sequence[tuple[int, int]], image: tuple[int, int] | None
@@ -125,4 +137,4 @@ class AnchorGrid:
         x = torch.arange(shape[1], dtype=torch.float32, device=device) * steps[1]
         y, x = torch.meshgrid(y, x, indexing="ij")
         centre = torch.stack([x, y, x, y], -1)  # (H, W, 4)
-        return (centre[:, :, None, :] + cell.to(device, non_blocking=True)).reshape(-1, 4)
+        return (centre[:, :, None, :] + cell).reshape(-1, 4)

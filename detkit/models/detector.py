@@ -119,6 +119,17 @@ class TwoStageDetector(nn.Module):
                 in, as the files have them; None gives the pixels of ``images``, masks (R, H, W).
         """
         small, cells = self.detect_cells(images, sizes)
+        return self.placed(small, cells, images, sizes, output_sizes)
+
+    def placed(
+        self,
+        small: Sequence[Detections],
+        cells: Sequence[Tensor],
+        images: Tensor,
+        sizes: Tensor,
+        output_sizes: Tensor | None,
+    ) -> list[Detections]:
+        """What :meth:`detect` makes of what :meth:`detect_cells` gives; arguments as of these."""
         found = in_output_pixels(small, sizes, output_sizes)
         if self.mask_head is None:
             return found

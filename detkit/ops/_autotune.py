@@ -213,9 +213,10 @@ def _agree(ours: Tensor, expected: Tensor) -> bool:
 def _milliseconds(way: Way, inputs: Sequence[Tensor | None]) -> float:
     """Of one call, from several enqueued back to back."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(_CALLS):
-        _outputs(way, inputs)
-    stop.record()
+    with torch.cuda.device(inputs[0].device):  # type: ignore[union-attr]  # whose stream it is
+        start.record()
+        for _ in range(_CALLS):
+            _outputs(way, inputs)
+        stop.record()
     stop.synchronize()
     return float(start.elapsed_time(stop)) / _CALLS

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_SAMPLING_RATIO = 1024  # samples per bin and axis; more can only be a mistake
+FEW = 32  # as many RoIs are read faster one by one than by operators on a view
 
 
 def check_input(op: str, input: Tensor) -> None:
@@ -48,7 +49,8 @@ def as_rois(op: str, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
                 f"{op}: boxes must be (R, 5) with the batch index first or a list of (L, 4), "
                 f"got shape {tuple(boxes.shape)}"
             )
-        rois = boxes.detach().to(dtype)
+        plain = boxes.dtype == dtype and not boxes.requires_grad
+        rois = boxes if plain else boxes.detach().to(dtype)
         _check_batch_index(op, rois, input.shape[0])
     else:
         rois = _join(op, boxes, input, dtype)
@@ -77,16 +79,16 @@ def _check_batch_index(op: str, rois: Tensor, batch: int) -> None:
     """Eager CPU only: on CUDA the look would wait for the device, and a trace has no numbers."""
     if rois.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    index = rois[:, 0]
-    if len(index) == 0:
-        return
-    lowest, highest = index.aminmax()
-    if lowest.item() >= 0 and highest.item() < batch:  # three calls; the rest is for NaN and errors
-        return
-    wrong = (index < 0) | (index >= batch)  # NaN is not wrong: its RoI becomes NaN
-    if bool(wrong.any()):
-        value = float(index[wrong][0])
-        raise ValueError(f"{op}: batch indices must be in 0..{batch - 1}, got {value:g}")
+    if rois.shape[0] <= FEW:
+        indices = [row[0] for row in rois.tolist()]
+    else:
+        lowest, highest = rois[:, 0].aminmax()
+        if lowest.item() >= 0 and highest.item() < batch:  # else NaN or an error
+            return
+        indices = rois[:, 0].tolist()
+    for value in indices:
+        if value < 0 or value >= batch:  # NaN is not wrong: its RoI becomes NaN
+            raise ValueError(f"{op}: batch indices must be in 0..{batch - 1}, got {value:g}")
 
 
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:

@@ -21,6 +21,17 @@ def _wide(boxes: Tensor) -> Tensor:
     return boxes if boxes.dtype == torch.float64 else boxes.float()
 
 
+def _row(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """(len(numbers),) made where ``like`` is: a CUDA graph cannot hold a copy from the host."""
+    return torch.cat([like.new_full((1,), number) for number in numbers])
+
+
+def limits(sizes: Tensor, like: Tensor) -> Tensor:
+    """(N, 4) width, height, width, height of ``sizes`` (N, 2), to clip boxes at."""
+    sides = sizes.to(like, non_blocking=True).flip(1)
+    return torch.cat([sides, sides], 1)
+
+
 def area(boxes: Tensor) -> Tensor:
     """Width times height of xyxy boxes (..., 4) -> (...); inverted boxes keep the sign."""
     boxes = _wide(boxes)
@@ -59,7 +70,7 @@ def _intersection(a: Tensor, b: Tensor) -> Tensor:
 
 def clip(boxes: Tensor, height: float, width: float) -> Tensor:
     """Boxes (..., 4) moved inside an image of ``height`` x ``width`` pixels; a NaN stays NaN."""
-    limits = boxes.new_tensor([width, height, width, height])
+    limits = _row([width, height, width, height], boxes)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
@@ -83,7 +94,7 @@ def encode(
     anchor_size = anchors[:, 2:] - anchors[:, :2]
     shift = ((boxes[:, :2] + boxes[:, 2:]) - (anchors[:, :2] + anchors[:, 2:])) * 0.5 / anchor_size
     deltas = torch.cat([shift, torch.log(size / anchor_size)], dim=1)
-    return deltas * boxes.new_tensor(weights)
+    return deltas * _row(weights, boxes)
 
 
 def decode(
@@ -100,7 +111,7 @@ def decode(
         xyxy boxes in the shape of ``deltas``, in the dtype of ``anchors``, at least float32.
     """
     anchors = _wide(anchors)
-    deltas = deltas.to(anchors.dtype) / anchors.new_tensor(weights)
+    deltas = deltas.to(anchors.dtype) / _row(weights, anchors)
     if deltas.ndim == 3:
         anchors = anchors[:, None]  # (A, 1, 4)
     size = anchors[..., 2:] - anchors[..., :2]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from detkit.engine import rle
+from detkit import rle
 
 Record = dict[str, Any]
 Color = tuple[int, int, int]

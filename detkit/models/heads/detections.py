@@ -7,6 +7,7 @@ from torch import Tensor
 
 from detkit.config import BoxConfig
 from detkit.ops import batched_nms
+from detkit.ops import boxes as box_ops
 from detkit.types import Detections
 
 _PER_DETECTION = 16
@@ -26,16 +27,19 @@ def best_detections(
         sizes: (N, 2) height and width before padding.
         config: Smallest side, suppression and limit.
     """
-    boxes = torch.minimum(
-        boxes.clamp(min=0), sizes.to(boxes, non_blocking=True)[image][:, [1, 0, 1, 0]]
-    )
-    sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
-    kept = ((sides > 0) | config.keep_empty) & (sides >= config.min_size)
+    boxes = torch.minimum(boxes.clamp(min=0), box_ops.limits(sizes, boxes)[image])
+    kept = usable(boxes, config)
     each = [
         _survivors(((image == i) & kept).nonzero().flatten(), boxes, labels, scores, config)
         for i in range(len(sizes))
     ]
     return [Detections(boxes=boxes[i], labels=labels[i], scores=scores[i]) for i in each]
+
+
+def usable(boxes: Tensor, config: BoxConfig) -> Tensor:
+    """Whether boxes (..., 4) may be detections."""
+    sides = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
+    return ((sides > 0) | config.keep_empty) & (sides >= config.min_size)
 
 
 def _survivors(

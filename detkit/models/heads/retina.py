@@ -178,9 +178,10 @@ class RetinaHead(nn.Module):
             entries = part.flatten()
             above = (entries > self.box.score_threshold).nonzero().flatten()
             top = entries[above].topk(min(self.config.pre_nms, len(above)))
-            chosen = above[top.indices]
+            place = top.indices.sort().indices  # ties in the order of the anchors
+            chosen = above[top.indices[place]]
             rows.append(start + chosen // classes)
             labels.append(chosen % classes + 1)
-            best.append(top.values)
+            best.append(top.values[place])
             start += len(part)
         return torch.cat(rows), torch.cat(labels), torch.cat(best)

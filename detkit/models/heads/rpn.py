@@ -229,22 +229,41 @@ class RPN(nn.Module):
             after_nms: Boxes kept per image, or of all images where ``scope`` says so.
             scope: ``image``, or ``batch`` to keep the best of all images together.
         """
-        logits = output.logits.detach().float()
-        picked, level = self._best(logits, output.counts, before_nms)  # (N, K), (K,)
-        n, k = picked.shape
-        deltas = output.deltas.detach().gather(1, picked[..., None].expand(n, k, 4))
-        boxes = box_ops.decode(deltas.flatten(0, 1), output.anchors[picked.flatten()]).view(n, k, 4)
-        limits = sizes.to(boxes, non_blocking=True)[:, None, [1, 0, 1, 0]]  # (N, 1, 4)
-        boxes = torch.minimum(boxes.clamp(min=0), limits).flatten(0, 1)
+        boxes, scores, level = self.candidates(output, sizes, before_nms)
+        n, k = scores.shape
+        boxes, scores = boxes.flatten(0, 1), scores.flatten()
         image = torch.arange(n, device=boxes.device).repeat_interleave(k)
         group = image * len(output.counts) + level.repeat(n)
-        sides = (boxes[:, 2:] - boxes[:, :2]).amin(1)
-        kept = ((sides > 0) & (sides >= self.config.min_size)).nonzero().flatten()
-        scores = logits.gather(1, picked).flatten()
+        kept = (scores != -torch.inf).nonzero().flatten()
         kept = kept[batched_nms(boxes[kept], scores[kept], group[kept], self.config.nms_iou)]
         if scope == "batch":
             kept = kept[:after_nms]  # suppression gives the best of all images first
         return [boxes[kept[image[kept] == i][:after_nms]] for i in range(n)]
+
+    @torch.no_grad()
+    def candidates(
+        self, output: RpnOutput, sizes: Tensor, limit: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`proposals` suppresses; no shape depends on values.
+
+        Args:
+            output: Predictions.
+            sizes: (N, 2) height and width before padding.
+            limit: Boxes per level (of the pool, if ``config.joint``).
+
+        Returns:
+            boxes (N, K, 4) clipped to their images; scores (N, K), -inf for boxes that are empty or
+            too small; and the number of the level (K,): only boxes of one level suppress another.
+        """
+        logits = output.logits.detach().float()
+        picked, level = self._best(logits, output.counts, limit)  # (N, K), (K,)
+        n, k = picked.shape
+        deltas = output.deltas.detach().gather(1, picked[..., None].expand(n, k, 4))
+        boxes = box_ops.decode(deltas.flatten(0, 1), output.anchors[picked.flatten()]).view(n, k, 4)
+        boxes = torch.minimum(boxes.clamp(min=0), box_ops.limits(sizes, boxes)[:, None])
+        sides = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
+        large = (sides > 0) & (sides >= self.config.min_size)
+        return boxes, torch.where(large, logits.gather(1, picked), -torch.inf), level
 
     def _best(self, logits: Tensor, counts: list[int], limit: int) -> tuple[Tensor, Tensor]:
         """Anchors (N, K) with the best scores of each level, or of all, and their pool (K,)."""
