@@ -146,6 +146,21 @@ def evaluation_table(result: Row) -> list[str]:
     return [*table(columns, rows), "", load]
 
 
+def detection_table(result: Row) -> list[str]:
+    """Contestants of benchmarks/detect_speed.py."""
+    columns = ["`detect`", "ms", "rounds", "× torchvision's speed"]
+    rows = [
+        [row["contestant"], f"{row['ms']:.0f}", str(row["rounds"]), f"{row['over_peer']:.3g}"]
+        for row in result["rows"]
+    ]
+    facts = result["hardware"]
+    load = (
+        f"Threads: {facts['threads']}. Torch {facts['torch']}, torchvision {facts['torchvision']}; "
+        f"load {facts['load_before']:.1f} before and {facts['load_after']:.1f} after."
+    )
+    return [*table(columns, rows), "", load]
+
+
 def step_table(result: Row) -> list[str]:
     """Contestants of benchmarks/whole_models.py."""
     columns = ["", "ms", "× torchvision's speed", "rounds"]
@@ -187,6 +202,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {
     "targets": ("ops_cpu.json", target_table),
     "ops": ("ops_cpu.json", ops_tables),
     "evaluation": ("evaluation_cpu.json", evaluation_table),
+    "detection": ("detect_speed_cpu.json", detection_table),
     "step": ("whole_models_cpu.json", step_table),
     "wait": ("data_wait_cpu.json", wait_table),
 }
