@@ -63,11 +63,12 @@ def rows(
     return found
 
 
-def options(description: str, seconds: float) -> argparse.ArgumentParser:
-    """The flags that every one of them takes."""
+def options(description: str, seconds: float | None = None) -> argparse.ArgumentParser:
+    """The flags that every one of them takes; ``--seconds`` where its default is given."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=seconds, help="of a comparison")
+    if seconds is not None:
+        parser.add_argument("--seconds", type=float, default=seconds, help="of a comparison")
     parser.add_argument("--json", type=Path)
     return parser
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from detkit.cli.main import run
 from detkit.engine.classification import top1
 from detkit.engine.detections import detect_dataset
-from detkit.engine.memory import explained, is_out_of_memory
+from detkit.engine.memory import explained, is_out_of_memory, reuse_freed_memory
 from detkit.errors import OutOfMemoryError
 from detkit.models.detector import TwoStageDetector
 from detkit.types import Batch, CategoryMap, ClassificationBatch, Target
@@ -208,3 +210,23 @@ def test_training_command_is_exit_2_with_one_sentence(
     assert answer["error"].startswith(message)
     assert message in Path("run/log.txt").read_text()
     assert "data.short_side" in answer["error"]
+
+
+# --- freed memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_there_for_the_next() -> None:
+    """A block of 64 MiB is 16,384 pages; had anew, each would be a fault."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    try:
+        assert reuse_freed_memory()
+        faults()
+        assert faults() < 1000
+    finally:
+        assert not reuse_freed_memory(False)

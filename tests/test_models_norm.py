@@ -72,6 +72,28 @@ def test_a_convolution_with_its_frozen_norm_in_the_weights(groups: int, bias: bo
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pointwise_convolution_left_to_onednn_is_the_same(stride: int) -> None:
+    """With one thread a 1x1 kernel on channels last maps is called dilated: same map, gradients."""
+    torch.manual_seed(4)
+    conv, norm = nn.Conv2d(4, 6, 1, stride, bias=False), FrozenBatchNorm2d(6)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 4, 7, 5).to(memory_format=torch.channels_last).requires_grad_()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        together = conv_norm(conv, norm, x)
+        wanted = [x, conv.weight]
+        weights = torch.randn_like(together)
+        got = torch.autograd.grad((together * weights).sum(), wanted)
+    finally:
+        torch.set_num_threads(threads)
+    separate = norm(conv(x))
+    torch.testing.assert_close(together, separate)
+    torch.testing.assert_close(got, torch.autograd.grad((separate * weights).sum(), wanted))
+
+
 def test_a_frozen_norm_is_called_where_somebody_listens_or_nothing_is_learnt() -> None:
     """Counting and statistics hang on calls; without gradients the result is bit by bit as ever."""
     conv, norm = frozen_pair(1, False)

@@ -203,6 +203,17 @@ def test_pooled_rows_stay_in_the_order_of_their_rois() -> None:
         torch.testing.assert_close(out[row], alone[0])
 
 
+def test_rois_sorted_by_level_are_pooled_without_a_second_order() -> None:
+    """What the box head asks for: sorted rois give the rows of unsorted ones, sorted."""
+    pool = pooler()
+    maps = {f"p{i}": torch.randn(2, 2, 50, 50) for i in range(2, 6)}
+    rois = to_rois([squares(500, 20, 230), squares(120, 30)])
+    order = pool.order(rois)
+    assert order is not None and order.tolist() == [1, 4, 3, 2, 0]
+    assert torch.equal(pool(maps, rois[order], in_order=True), pool(maps, rois)[order])
+    assert RoiPooler({"p4": FeatureSpec(2, 16)}, pool.pool).order(rois) is None
+
+
 def test_no_rois_pool_to_nothing_with_gradients() -> None:
     maps = {f"p{i}": torch.randn(1, 2, 8, 8, requires_grad=True) for i in range(2, 6)}
     out = pooler()(maps, torch.zeros(0, 5))

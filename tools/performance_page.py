@@ -161,11 +161,50 @@ def detection_table(result: Row) -> list[str]:
     return [*table(columns, rows), "", load]
 
 
+def step_table(result: Row) -> list[str]:
+    """Contestants of benchmarks/whole_models.py."""
+    columns = ["", "ms", "× torchvision's speed", "rounds"]
+    rows = [
+        [r["contestant"], f"{r['ms']:,.0f}", f"{r['over_peer']:.2f}", str(r["rounds"])]
+        for r in result["rows"]
+    ]
+    facts = result["hardware"]
+    threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+    where = f"Batch {result['batch']}, {threads}. {_where(facts)}"
+    return [*table(columns, rows), "", f"{where} torchvision {facts['torchvision']}."]
+
+
+def wait_table(result: Row) -> list[str]:
+    """Data sets and recipes of benchmarks/data_wait.py."""
+    columns = ["data", "recipe", "batch", "images/s", "waits for data", "CPU ms of an image"]
+    rows = [
+        [
+            r["data"],
+            r["model"],
+            str(r["batch"]),
+            f"{r['images_per_second']:.2f}",
+            f"{r['data_wait']:.1%}",
+            f"{r['image_ms']:.1f}",
+        ]
+        for r in result["rows"]
+    ]
+    return [*table(columns, rows), "", _where(result["hardware"])]
+
+
+def _where(facts: Row) -> str:
+    return (
+        f"Machine: {facts['device']}, {facts['cores']} cores, torch {facts['torch']}; load "
+        f"{facts['load_before']:.1f} before and {facts['load_after']:.1f} after."
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {
     "targets": ("ops_cpu.json", target_table),
     "ops": ("ops_cpu.json", ops_tables),
     "evaluation": ("evaluation_cpu.json", evaluation_table),
     "detection": ("detect_speed_cpu.json", detection_table),
+    "step": ("whole_models_cpu.json", step_table),
+    "wait": ("data_wait_cpu.json", wait_table),
 }
 
 

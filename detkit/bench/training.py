@@ -17,8 +17,9 @@ from detkit import api
 from detkit.bench.machine import machine
 from detkit.config import Config
 from detkit.data import open_detection, train_batches
+from detkit.engine.memory import reuse_freed_memory
 from detkit.engine.optimizer import build_optimizer
-from detkit.engine.step import resolve_amp, train_step
+from detkit.engine.step import memory_format, resolve_amp, train_step
 from detkit.loading import build, pick_device
 
 WARM_UP = 2
@@ -103,9 +104,13 @@ def _run(config: Config, device: torch.device, steps: int) -> tuple[_Marks, int]
     masks = config.model.detector.startswith("maskrcnn")
     dataset = open_detection(config.data.path, config.data.split, config.data, masks=masks)
     torch.manual_seed(config.train.seed)
+    if device.type == "cpu":
+        reuse_freed_memory()
     model = build(config, dataset.categories).to(device).train()
     optimizer = build_optimizer(model, config.optim, config.train.batch_size)
     amp = resolve_amp(config.train.amp, device)
+    layout = memory_format(model, device, amp)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
     scaler = GradScaler(device.type, enabled=amp == "fp16")
     marks, images = _Marks(device), 0
     _watch(model, optimizer, marks)
@@ -119,7 +124,7 @@ def _run(config: Config, device: torch.device, steps: int) -> tuple[_Marks, int]
         count = sum(len(part.images) for part in parts)
         train_step(
             model, parts, optimizer, scaler,
-            images=count, device=device, amp=amp, clip=config.train.clip,
+            images=count, device=device, amp=amp, clip=config.train.clip, layout=layout,
         )  # fmt: skip
         marks.end("optimizer")
         images += count

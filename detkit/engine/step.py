@@ -120,6 +120,20 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "off"
 
 
+def memory_format(model: nn.Module, device: torch.device, amp: str) -> torch.memory_format:
+    """The memory format that trains faster.
+
+    Tensor cores, bf16 kernels, 1x1 convolutions and the RoI operators read channels last. In fp32
+    on the CPU that saves classifiers about a seventh of the time and two-stage detectors a
+    twentieth; RetinaNet's head, 3x3 convolutions on large maps, loses a tenth, and so do layers
+    that learn their scales.
+    """
+    gains = hasattr(model, "classify") or hasattr(model, "rpn")
+    learns_scales = any(hasattr(module, "scale_group") for module in model.modules())
+    last = amp != "off" or (device.type == "cpu" and gains and not learns_scales)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _to_device(part: Part, device: torch.device, layout: torch.memory_format) -> Part:
     part = part.to(device)
     # A copy of the dataclass, not of the tensors: the caller's batch keeps its own layout.

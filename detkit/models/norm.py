@@ -97,8 +97,22 @@ def _measured_on_cuda(conv: nn.Conv2d, x: Tensor) -> bool:
 def _scaled(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     scale, shift = norm.factors()
     bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)
-    out: Tensor = conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias)
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    if _better_dilated(conv, x):
+        return F.conv2d(x, weight, bias, conv.stride, 0, 2, conv.groups)
+    out: Tensor = conv._conv_forward(x, weight, bias)
     return out
+
+
+def _better_dilated(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether to call a 1x1 convolution dilated, which moves no tap.
+
+    With one thread torch multiplies fp32 matrices itself for 1x1 kernels, image by image, unless
+    they are dilated: those are oneDNN's, a tenth faster forward and backward on channels last maps.
+    """
+    pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0)
+    plain = not torch.compiler.is_compiling() and x.dtype == torch.float32 and not x.is_cuda
+    return pointwise and plain and not x.is_contiguous() and torch.get_num_threads() == 1
 
 
 def _hooked(*modules: nn.Module) -> bool:

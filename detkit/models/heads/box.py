@@ -127,8 +127,14 @@ class BoxHead(nn.Module):
         self, features: Mapping[str, Tensor], boxes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Logits and deltas of the boxes (R_i, 4) of each image, one image after the other."""
-        logits, deltas = self.predictor(self.pooler(features, to_rois(boxes)))
-        return logits, deltas
+        rois = to_rois(boxes)
+        order = self.pooler.order(rois)
+        if order is None:
+            logits, deltas = self.predictor(self.pooler(features, rois))
+            return logits, deltas
+        logits, deltas = self.predictor(self.pooler(features, rois[order], in_order=True))
+        place = order.argsort()
+        return logits[place], deltas[place]
 
     @torch.no_grad()
     def sample(self, proposals: Tensor, truth: Target) -> RoiSample:

@@ -83,8 +83,23 @@ class RoiPooler(nn.Module):
         level = level.nan_to_num(nan=0.0)  # a NaN box pools NaN on whatever level
         return level.clamp(min(self.levels), max(self.levels)).to(torch.int64)
 
-    def forward(self, features: Mapping[str, Tensor], rois: Tensor) -> Tensor:
-        """Pooled features (R, *out_shape) of rois (R, 5): image index, xyxy."""
+    def order(self, rois: Tensor) -> Tensor | None:
+        """Indices (R,) that sort rois (R, 5) by level; None where one level serves them all."""
+        if len(self.levels) == 1:
+            return None
+        return self.assign(rois[:, 1:]).argsort(stable=True)
+
+    def forward(
+        self, features: Mapping[str, Tensor], rois: Tensor, in_order: bool = False
+    ) -> Tensor:
+        """Pooled features (R, *out_shape) of rois (R, 5): image index, xyxy.
+
+        Args:
+            features: Maps by level.
+            rois: Image index and xyxy in input pixels.
+            in_order: The rois are sorted as :meth:`order` sorts them, so that the features, which
+                are large, need not be put in order here and their gradients in the way back.
+        """
         maps = [features[name] for name in self.levels.values()]
         if len(maps) == 1:
             return self.pool(maps[0], rois, self.scales[0])
@@ -94,7 +109,8 @@ class RoiPooler(nn.Module):
             self.pool(x, rois[index], scale)
             for x, index, scale in zip(maps, where, self.scales, strict=True)
         ]
-        return torch.cat(parts).index_select(0, torch.cat(where).argsort())
+        pooled = torch.cat(parts)
+        return pooled if in_order else pooled.index_select(0, torch.cat(where).argsort())
 
     def blank(self, features: Mapping[str, Tensor], count: int) -> Tensor:
         """Uninitialised pooled features of ``count`` RoIs, to run what follows without boxes."""
