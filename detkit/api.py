@@ -40,6 +40,7 @@ from detkit.engine import distributed
 from detkit.engine.classification import top1
 from detkit.engine.detections import detect_dataset
 from detkit.engine.evaluate import evaluate as score
+from detkit.engine.memory import reuse_freed_memory
 from detkit.engine.run import RunFolder, check_new, create_run, newest_run, same_run
 from detkit.engine.summary import NUMBERS
 from detkit.engine.tensorboard import require_tensorboard
@@ -705,6 +706,7 @@ def detect_split(
     on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], DetectionDataset]:
     """COCO results of a detector checkpoint on a split, and the split; see :func:`evaluate`."""
+    reuse_freed_memory()
     loaded = load(checkpoint, device, overrides)
     prediction.require_detector(loaded.kind, str(checkpoint))
     if fold:
@@ -753,6 +755,7 @@ def predict(
         DetkitError: unusable checkpoint, nothing at a name, no readable image, or ``out`` holds
             files.
     """
+    reuse_freed_memory()
     names = [images] if isinstance(images, str | Path) else list(images)
     folder = Path(out) if out else Path("runs/predict") / time.strftime("%Y%m%d-%H%M%S")
     loaded = load(checkpoint, device, overrides)

@@ -7,17 +7,20 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from detkit import api
 from detkit.cli.main import run
 from detkit.engine.classification import top1
 from detkit.engine.detections import detect_dataset
 from detkit.engine.memory import explained, is_out_of_memory, reuse_freed_memory
-from detkit.errors import OutOfMemoryError
+from detkit.errors import DetkitError, OutOfMemoryError
 from detkit.models.detector import TwoStageDetector
 from detkit.types import Batch, CategoryMap, ClassificationBatch, Target
 
@@ -215,18 +218,35 @@ def test_training_command_is_exit_2_with_one_sentence(
 # --- freed memory ---------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_there_for_the_next() -> None:
+def faults() -> int:
     """A block of 64 MiB is 16,384 pages; had anew, each would be a fault."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+@needs_glibc
+def test_freed_memory_is_there_for_the_next() -> None:
     try:
         assert reuse_freed_memory()
         faults()
         assert faults() < 1000
     finally:
         assert not reuse_freed_memory(False)
+
+
+@needs_glibc
+@pytest.mark.parametrize("detect", [partial(api.predict, images="none"), api.detect_split])
+def test_detection_reuses_freed_memory(detect: Callable[[str], object]) -> None:
+    """The first thing it does, so that it shows without a checkpoint too."""
+    assert not reuse_freed_memory(False)
+    try:
+        with pytest.raises(DetkitError):
+            detect("none.pth")
+        faults()
+        assert faults() < 1000
+    finally:
+        reuse_freed_memory(False)
