@@ -85,6 +85,8 @@ def ops(common: Common, only: str, quick: bool, threads: str, save: Path | None)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--rounds", type=click.IntRange(3), default=9, show_default=True)
 @click.option("--threads", default="", metavar="N", help="CPU threads.  [default: torch's choice]")
+@click.option("--compile", is_flag=True, help="torch.compile too; it takes minutes on a CPU.")
+@click.option("--cuda-graph", is_flag=True, help="CUDA graphs too; on a GPU.")
 @_SAVE
 @common_options("--detector", "--backbone")
 def model(
@@ -94,21 +96,25 @@ def model(
     batch: int,
     rounds: int,
     threads: str,
+    compile: bool,
+    cuda_graph: bool,
     save: Path | None,
 ) -> None:
-    """Time one detector: eager, folded, channels-last and bf16, and each of its parts.
+    """Time one detector: eager, folded, channels-last, bf16, fixed sizes, and each of its parts.
 
-    CHECKPOINT, or random weights of --recipe, --detector and --backbone.
+    CHECKPOINT, or random weights of --recipe, --detector and --backbone. With --compile and
+    --cuda-graph those forms stand in the table too, and with both of them both at once.
 
     \b
     Examples:
       detkit bench model --recipe light-head/setting-s-700 --size 700x1100
-      detkit bench model best.pth --batch 4 --device cuda
+      detkit bench model best.pth --batch 4 --device cuda --compile --cuda-graph
     """
     from detkit.bench.detectors import bench_model
 
-    plan = {"checkpoint": checkpoint and str(checkpoint), "size": height_by_width(size)}
-    if _only_planned(common, plan | {"batch": batch, "threads": _one_count(threads)}):
+    plan: Row = {"checkpoint": checkpoint and str(checkpoint), "size": height_by_width(size)}
+    plan |= {"batch": batch, "threads": _one_count(threads)}
+    if _only_planned(common, plan | {"compile": compile, "cuda_graph": cuda_graph}):
         return
     result = bench_model(
         checkpoint,
@@ -119,6 +125,8 @@ def model(
         batch=batch,
         rounds=rounds,
         threads=_one_count(threads),
+        compile=compile,
+        cuda_graph=cuda_graph,
     )
     _save(save, result)
     emit(common, result, lambda: _show_model(result))
@@ -237,6 +245,11 @@ def _show_model(result: Row) -> None:
     )
     title = f"{result['model']}, {result['batch']} x {result['size'][0]}x{result['size'][1]}"
     print_table(slim_table(title, ["detect", "ms", "images/s", "of eager"], rows))
+    for row in result["variants"]:
+        if row["first_s"] is not None:
+            click.echo(f"first call of {row['variant']}: {row['first_s']:.1f} s")
+    for name, reason in result["failed"].items():
+        click.echo(f"{name} is left out: {reason}")
     _show_parts(f"parts of {result['parts_of']}", result["parts"])
     if result["peak_mib"] is not None:
         click.echo(f"memory of one call beyond the model: {result['peak_mib']:.0f} MiB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -22,10 +23,12 @@ from detkit.bench.case import Case, Setting, forward
 from detkit.bench.conv_cases import _scaled
 from detkit.bench.peers import load_peers
 from detkit.cli.main import cli, run
+from detkit.deploy import form
 from detkit.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+SMALL = ["model", "--recipe", "tiny/light-head", "--size", "64x96", "--rounds", "3"]
 
 
 def load_tool(name: str) -> ModuleType:
@@ -251,6 +254,14 @@ def test_bench_ops_gives_rows_and_saves_them(
         (["ops", "--out", "x"], "--out: must be left out here"),
         (["model", "--threads", "1,2"], "--threads: must be one number"),
         (["model", "--size", "big"], "--size: must read HEIGHTxWIDTH"),
+        (
+            [*SMALL, "--cuda-graph", "--device", "cpu"],
+            "--cuda-graph: must go with a model on a CUDA",
+        ),
+        (
+            [*SMALL, "--compile", "--set", "model.scales=learn"],
+            "`detkit decompose` makes such a net",
+        ),
     ],
 )
 def test_bad_options_are_refused(
@@ -275,13 +286,44 @@ def test_bench_model_times_forms_and_parts(recipe: str) -> None:
     result = json.loads(answer.stdout)
     assert result["size"] == [64, 96]
     assert result["failed"] == {}
-    assert [v["variant"] for v in result["variants"]][:2] == ["eager", "folded"]
-    assert len(result["variants"]) == 5
+    names = [v["variant"] for v in result["variants"]]
+    assert names[:2] == ["eager", "folded"] and names[-1] == "folded, channels_last, fixed sizes"
+    assert len(names) == 6
+    assert {v["first_s"] for v in result["variants"]} == {None}
+    assert "fixed" not in result["parts_of"], "its parts are one"
     two_stage = {"rpn", "proposals", "head", "post-processing"}
     expected = {"backbone", "neck"} | (two_stage if "retina" not in recipe else {"head"})
     assert expected <= set(result["parts"])
     assert ("mask head" in result["parts"]) == ("mask" in recipe)
     assert all(spent >= 0 for spent in result["parts"].values())
+
+
+def test_bench_model_compiles_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many images at once, in every form of a CPU; without the compiler's own half minute."""
+    monkeypatch.setattr(form, "compiled", functools.partial(form.compiled, backend="eager"))
+    answer = CliRunner().invoke(cli, ["bench", *SMALL, "--batch", "16", "--compile"])
+    assert answer.exit_code == 0, answer.output
+    assert "folded, channels_last, fixed sizes" in answer.stdout
+    assert "first call of folded, channels_last, compiled: " in answer.stdout
+    assert "left out" not in answer.stdout
+
+
+def test_bench_model_times_cuda_graphs() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    words = ["bench", *SMALL, "--batch", "16", "--cuda-graph", "--device", "cuda", "--json"]
+    answer = CliRunner().invoke(cli, words)
+    assert answer.exit_code == 0, answer.output
+    last = json.loads(answer.stdout)["variants"][-1]
+    assert last["variant"] == "folded, channels_last, CUDA graph"
+    assert last["first_s"] > 0
+
+
+def test_bench_model_says_which_form_a_net_has_not() -> None:
+    answer = CliRunner().invoke(cli, ["bench", *SMALL, "--set", "model.scales=learn"])
+    assert answer.exit_code == 0, answer.output
+    reason = "fixed sizes: must be of a net without scale learners"
+    assert f"folded, channels_last, fixed sizes is left out: {reason}" in answer.stdout
 
 
 def test_bench_train_splits_a_step() -> None:

@@ -134,8 +134,7 @@ def test_cut_candidates_are_told_and_detected_again(monkeypatch: pytest.MonkeyPa
     model: Any = small("light-head", {"box": {"max_detections": 20}})
     images, sizes = batch()
     assert not FixedDetector(model)(images, sizes).complete.any()
-    deployed = DeployedDetector(model, Form())
-    deployed._run = FixedDetector(model).forward
+    deployed = DeployedDetector(model, Form(fixed=True))
     for wanted, got in zip(
         model.detect(images, sizes), deployed.detect(images, sizes), strict=True
     ):
@@ -296,8 +295,7 @@ def test_forms_detect_alike(form: Form, kind: str) -> None:
 
 def test_masks_in_fixed_sizes_are_pasted() -> None:
     model: Any = small("maskrcnn-fpn", {"box": {"max_detections": 5}})
-    deployed = DeployedDetector(model, Form())
-    deployed._run = FixedDetector(model).forward
+    deployed = DeployedDetector(model, Form(fixed=True))
     larger = torch.tensor([[192, 256], [128, 180]])
     wanted, got = (m.detect(*batch(), larger) for m in (model, deployed))
     for one, other in zip(wanted, got, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,18 @@ from detkit import api
 from detkit.bench.machine import machine
 from detkit.bench.timing import Call, clock, compare, peak_mib
 from detkit.deploy.fold import fold
+from detkit.deploy.form import DeployedDetector, Form
+from detkit.engine.memory import reuse_freed_memory
+from detkit.errors import ConfigError
 from detkit.loading import build, load, pick_device
 from detkit.models.detector import image_size
 from detkit.prediction import require_detector
 
 CLASSES = 80
 """Of a model with random weights."""
+
+FAST = "folded, channels_last"
+"""The form that fixed sizes, the compiler and graphs go on from."""
 
 
 def bench_model(
@@ -34,6 +41,8 @@ def bench_model(
     batch: int = 1,
     rounds: int = 9,
     threads: int | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
 ) -> dict[str, Any]:
     """Time ``detect`` of a detector on noise, in turn in every form, and its parts.
 
@@ -46,16 +55,22 @@ def bench_model(
         batch: Images at once.
         rounds: Times of each part, and least times of each form.
         threads: CPU threads, by default torch's choice.
+        compile: Time the form through ``torch.compile`` too, and both where graphs are asked for.
+        cuda_graph: Time the form by CUDA graphs too.
 
     Returns:
         ``model``, ``size``, ``batch``, ``variants`` (``variant``, ``ms``, ``images_per_second``,
-        ``ratio`` to the eager one's time in the same round), ``parts_of`` (the quickest fp32 form)
-        and its ``parts`` in ms, ``peak_mib`` of one call of that, and ``hardware``.
+        ``ratio`` to the eager one's time in the same round, ``first_s``: seconds of the first call
+        of a form that is compiled or captured then, else None), ``failed`` (why a form is left
+        out), ``parts_of`` (the quickest fp32 form in ordinary sizes) and its ``parts`` in ms,
+        ``peak_mib`` of one call of that, and ``hardware``.
 
     Raises:
-        DetkitError: An unusable checkpoint or setting.
+        DetkitError: An unusable checkpoint or setting; a form asked for that does not go with the
+            detector or the device.
     """
     place = pick_device(device)
+    reuse_freed_memory()  # as `detkit predict` and `detkit eval` do
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     facts = machine(str(place))
@@ -65,7 +80,8 @@ def bench_model(
         images = torch.randn(batch, 3, *(-(-side // 32) * 32 for side in (height, width)))
         images[:, :, height:], images[:, :, :, width:] = 0, 0
         sizes = torch.tensor([[height, width]] * batch)
-        result = _measure(model.to(place).eval(), images.to(place), sizes, rounds)
+        asked = Form(compile=compile, cuda_graph=cuda_graph)
+        result = _measure(model.to(place).eval(), images.to(place), sizes, rounds, asked)
     finally:
         torch.set_num_threads(before)
     facts["load_after"] = os.getloadavg()[0]
@@ -90,19 +106,25 @@ def _model(
 
 
 @torch.inference_mode()
-def _measure(model: nn.Module, images: Tensor, sizes: Tensor, rounds: int) -> dict[str, Any]:
+def _measure(
+    model: nn.Module, images: Tensor, sizes: Tensor, rounds: int, asked: Form
+) -> dict[str, Any]:
     folded = fold(model)
     other: nn.Module = copy.deepcopy(folded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     last = images.contiguous(memory_format=torch.channels_last)
     forms: dict[str, tuple[nn.Module, Tensor, bool]] = {
         "eager": (model, images, False),
         "folded": (folded, images, False),
-        "folded, channels_last": (other, last, False),
+        FAST: (other, last, False),
         "folded, bf16": (folded, images, True),
-        "folded, channels_last, bf16": (other, last, True),
+        f"{FAST}, bf16": (other, last, True),
     }
     calls = {name: _detect(*form, sizes) for name, form in forms.items()}
-    timings, failures = compare(calls, images.device, 0.02 * rounds)
+    deployed, refused = _in_fixed_sizes(other, asked)
+    fixed = {name: _detect(net, last, False, sizes) for name, net in deployed.items()}
+    # Those after plain fixed sizes are made on their first call, which no round may count.
+    first = {name: _seconds(fixed[name], images.device) for name in list(fixed)[1:]}
+    timings, failures = compare(calls | fixed, images.device, 0.02 * rounds)
     variants = [
         {
             "variant": name,
@@ -110,19 +132,48 @@ def _measure(model: nn.Module, images: Tensor, sizes: Tensor, rounds: int) -> di
             "images_per_second": 1e3 * len(images) / timing.ms,
             "ratio": timing.ratio,
             "spread": timing.spread,
+            "first_s": first.get(name),
         }
         for name, timing in timings.items()
     ]
-    wide = [name for name in timings if not forms[name][2]]
-    best = min(wide, key=lambda name: timings[name].ms)
+    whole = [name for name in timings if name in forms and not forms[name][2]]
+    best = min(whole, key=lambda name: timings[name].ms)
     net, pixels, _ = forms[best]
     return {
         "variants": variants,
-        "failed": failures,
+        "failed": refused | failures,
         "parts_of": best,
         "parts": _parts(net, pixels, sizes, rounds),
         "peak_mib": peak_mib(calls[best], images.device),
     }
+
+
+def _in_fixed_sizes(
+    detector: Any, asked: Form
+) -> tuple[dict[str, DeployedDetector], dict[str, str]]:
+    """The forms that run in fixed sizes, or why there are none where none was asked for."""
+    forms = {"fixed sizes": Form(fixed=True)}
+    if asked.compile:
+        forms["compiled"] = Form(compile=True)
+    if asked.cuda_graph:
+        forms["CUDA graph"] = Form(cuda_graph=True)
+    if asked.compile and asked.cuda_graph:
+        forms["compiled, CUDA graph"] = asked
+    try:
+        made = {f"{FAST}, {name}": DeployedDetector(detector, form) for name, form in forms.items()}
+    except ConfigError as error:
+        if asked != Form():
+            raise
+        return {}, {f"{FAST}, fixed sizes": str(error)}
+    return made, {}
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    begun = time.perf_counter()
+    call(0)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
 
 
 def _detect(model: Any, images: Tensor, bf16: bool, sizes: Tensor) -> Call:

@@ -23,8 +23,10 @@ class Form:
 
     Attributes:
         fast: Batch norms folded, weights channels last (:func:`detkit.deploy.fast`); boxes and
-            scores are the same up to rounding. The last two imply it.
+            scores are the same up to rounding. The last three imply it.
         bf16: Layers in bfloat16 by autocast.
+        fixed: In fixed sizes (:class:`FixedDetector`), as the last two need it. No gain alone, but
+            it tells what they pay for it.
         compile: Through ``torch.compile``; each shape of a batch is compiled on its first call,
             for a minute or more on a CPU.
         cuda_graph: By CUDA graphs, one for each shape of a batch.
@@ -32,6 +34,7 @@ class Form:
 
     fast: bool = False
     bf16: bool = False
+    fixed: bool = False
     compile: bool = False
     cuda_graph: bool = False
 
@@ -42,11 +45,9 @@ class Form:
             ConfigError: No detector where more than ``fast`` is asked for; a device, or a detector
                 with scale learners, that does not go with the form.
         """
-        if not (self.fast or self.bf16 or self.compile or self.cuda_graph):
-            return model
-        if self.fast or self.compile or self.cuda_graph:
+        if self.fast or self.in_fixed_sizes:
             model = fast(model)
-        if not (self.bf16 or self.compile or self.cuda_graph):
+        if not (self.bf16 or self.in_fixed_sizes):
             return model
         if not isinstance(model, TwoStageDetector | OneStageDetector):
             raise ConfigError(
@@ -54,6 +55,11 @@ class Form:
                 f"{type(model).__name__}"
             )
         return DeployedDetector(model, self).eval()
+
+    @property
+    def in_fixed_sizes(self) -> bool:
+        """Whether ``fixed`` or a form that needs it is asked for."""
+        return self.fixed or self.compile or self.cuda_graph
 
 
 class DeployedDetector(nn.Module):
@@ -71,7 +77,7 @@ class DeployedDetector(nn.Module):
         super().__init__()
         self.detector = detector
         self._form = form
-        self._run = _fixed(detector, form) if form.compile or form.cuda_graph else None
+        self._run = _fixed(detector, form) if form.in_fixed_sizes else None
 
     @torch.no_grad()
     def detect(
