@@ -54,7 +54,7 @@ ALLOWED["demo"] = set(ALLOWED) | {"demo"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 FREE_OF_TORCH = (
     "detkit/__init__.py",
-    "detkit/config.py",
+    "detkit/config/",
     "detkit/errors.py",
     "detkit/garbage.py",
     "cli",
