@@ -40,6 +40,7 @@ ALLOWED["catalogue"] = METHODS
 ALLOWED["scoring"] = DATA | ENGINE
 ALLOWED["prediction"] = METHODS | DATA | ENGINE | {"report", "prediction"}
 ALLOWED["loading"] = METHODS | ENGINE | {"deploy", "foreign", "loading", "prediction"}
+ALLOWED["settings"] = METHODS | ENGINE | {"foreign", "loading"}
 ALLOWED["supernet"] = set(ALLOWED) | {"supernet"}
 ALLOWED["pod"] = set(ALLOWED) | {"pod"}
 ALLOWED["fitness"] = set(ALLOWED) | {"fitness"}
