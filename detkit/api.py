@@ -43,7 +43,7 @@ from detkit.engine.evaluate import evaluate as score
 from detkit.engine.run import RunFolder, check_new, create_run, same_run
 from detkit.engine.tensorboard import require_tensorboard
 from detkit.engine.train import StepInfo, fit
-from detkit.errors import ConfigError, DataError, StorageError
+from detkit.errors import ConfigError, DataError
 from detkit.loading import (
     KINDS,
     PIXELS,
@@ -66,6 +66,7 @@ from detkit.settings import newest_checkpoint as newest_checkpoint
 from detkit.settings import resolve_config as resolve_config
 from detkit.settings import resolve_settings as resolve_settings
 from detkit.settings import with_length as with_length
+from detkit.storage import write_whole, writing
 from detkit.types import CategoryMap
 
 log = logging.getLogger("detkit")
@@ -483,7 +484,8 @@ def evaluate(
         on_image=on_image,
     )
     if save_detections is not None:
-        _write_json(save_detections, results)
+        with writing(save_detections):
+            Path(save_detections).write_text(json.dumps(results), encoding="utf-8")
     scores = score(dataset.truth(), results, analysis=analysis, metric=metric)
     return with_fixes(scores, dataset)
 
@@ -612,7 +614,7 @@ def export(
     result = {"onnx": str(out), "bytes": len(content), "opset": opset, "verified": None}
     if verify:
         result["verified"] = _verify(content, loaded, config, data, split, size)
-    exporter.write(content, out)
+    write_whole(out, content)
     return result
 
 
@@ -710,10 +712,3 @@ def _counting(
         on_image(done, total)
 
     return count
-
-
-def _write_json(path: str | Path, value: Any) -> None:
-    try:
-        Path(path).write_text(json.dumps(value), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
