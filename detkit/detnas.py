@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -32,7 +31,6 @@ from detkit.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    StorageError,
     TrainingInterrupted,
 )
 from detkit.fitness import STAGES, Fitness, Opened, open_supernet
@@ -56,6 +54,7 @@ from detkit.nas.random_search import random_search
 from detkit.nas.work_queue import LocalQueue, WorkQueue, work_queue
 from detkit.pod import padded_size
 from detkit.scales import weights_hash
+from detkit.storage import write_whole
 
 Record = dict[str, Any]
 
@@ -104,12 +103,8 @@ class SearchFolder:
 
     def write(self, record: Record) -> None:
         """Write ``search.json`` whole or not at all; raises StorageError."""
-        temporary = self.result.with_name(f".{self.result.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
-            os.replace(temporary, self.result)
-        except OSError as error:
-            raise StorageError(f"{self.result}: must be writable, got {error.strerror}") from error
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        write_whole(self.result, text.encode())
 
 
 # -- the search itself

@@ -7,7 +7,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,10 @@ from detkit.data.dataset import DetectionDataset
 from detkit.data.loader import eval_batches
 from detkit.data.pictures import Picture, find_pictures, open_pictures
 from detkit.engine.detections import Record, detect_dataset
-from detkit.errors import CheckpointError, ConfigError, DataError, StorageError
+from detkit.errors import CheckpointError, ConfigError, DataError
 from detkit.models.zoo import WITH_MASKS
 from detkit.report.figures import draw_boxes
+from detkit.storage import writing
 from detkit.types import CategoryMap
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Prediction:
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write an image; raises StorageError, or ConfigError where the ending is of no format."""
     try:
-        with _storage(path):
+        with writing(path):
             picture.save(path)
     except ValueError as error:
         raise ConfigError(
@@ -212,7 +212,7 @@ def predict_folder(
     found: list[Record] = []
     for number, one in _predictions(loaded, loaded.config, dataset, score, batch_size):
         picture = targets[number - 1]
-        with _storage(picture):
+        with writing(picture):
             picture.parent.mkdir(parents=True, exist_ok=True)
         one.draw(picture)
         rows.append(_row(number, one, picture))
@@ -279,14 +279,6 @@ def _write(
     key = {"images": images, "categories": [{"id": i, "name": n} for i, n in pairs]}
     files = {"results": out / "detections.json", "key": out / "images.json"}
     for path, content in ((files["key"], key), (files["results"], found)):
-        with _storage(path):
+        with writing(path):
             path.write_text(json.dumps(content), encoding="utf-8")
     return {name: str(path) for name, path in files.items()}
-
-
-@contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path}: must be writable, got {error.strerror or error}") from error

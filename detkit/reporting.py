@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from detkit.report.document import document
 from detkit.report.evaluation import Evaluation, evaluation
 from detkit.report.runs import Run, short_names
 from detkit.scales import weights_hash
+from detkit.storage import write_whole
 
 Record = dict[str, Any]
 OnImage = Callable[[int, int], None]
@@ -98,7 +98,7 @@ def write_report(
         for name, (folder, file) in zip(names, files, strict=True)
     ]
     page, sections = document(found, footer=f"Written by detkit {__version__}.")
-    _write(target, page)
+    write_whole(target, page.encode())
     return {
         "report": str(target),
         "bytes": len(page.encode()),
@@ -221,7 +221,7 @@ class _Place:
         for old in target.parent.glob(f"{target.stem.rsplit('-', 1)[0]}-*.json"):
             old.unlink()  # of earlier weights on the same images
         try:
-            _write(target, text)
+            write_whole(target, text.encode())
         except StorageError as error:
             log.warning("detections are not kept: %s", error)
         return rows, set(damaged)
@@ -290,16 +290,6 @@ def _stored(path: Path) -> tuple[list[Record], set[int]] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: must hold detections, got %s; detecting again", path, error)
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: must be writable, got {error.strerror or error}") from error
 
 
 def _text(path: Path) -> str:

@@ -19,8 +19,9 @@ from detkit.config import Config
 from detkit.detnas import SearchFolder
 from detkit.engine import checkpoint as checkpoints
 from detkit.engine.checkpoint import Checkpoint
-from detkit.errors import ConfigError, StorageError
+from detkit.errors import ConfigError
 from detkit.models.search_space import SearchSpace, network_tables
+from detkit.storage import writing
 
 log = logging.getLogger("detkit")
 
@@ -136,7 +137,5 @@ def _single(config: Config, network: Mapping[str, Mapping[str, Any]]) -> Tables:
 
 
 def _write(path: Path, tables: Tables, header: str) -> None:
-    try:
+    with writing(path):
         path.write_text(f"{header}\n{tomli_w.dumps(tables)}", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: must be writable, got {error.strerror}") from error

@@ -23,7 +23,7 @@ from detkit.engine import checkpoint as checkpoints
 from detkit.engine import distributed
 from detkit.engine.checkpoint import Checkpoint
 from detkit.engine.run import RunFolder
-from detkit.errors import ConfigError, StorageError
+from detkit.errors import ConfigError
 from detkit.loading import build, search_split_of
 from detkit.models.backbones.shuffle_supernet import find_supernet
 from detkit.models.search_space import Genes, SearchSpace
@@ -38,6 +38,7 @@ from detkit.nas.paths import (
     random_genes,
 )
 from detkit.nas.split import SearchSplit
+from detkit.storage import writing
 from detkit.types import Batch, CategoryMap, ClassificationBatch
 
 Metrics = Mapping[str, float | None]
@@ -155,10 +156,8 @@ def hold_out(
 def write_split(run: RunFolder, split: SearchSplit) -> None:
     """Keep ``search_split.json`` in the run folder; raises StorageError."""
     path = run.path / SPLIT_FILE
-    try:
+    with writing(path):
         path.write_text(split.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: must be writable, got {error.strerror or error}") from error
 
 
 # -- evaluation

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from scripts import script
 from torch import Tensor
 
 from detkit.bench import boxes, operators, timing
@@ -29,14 +28,6 @@ from detkit.ops import _library
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SMALL = ["model", "--recipe", "tiny/light-head", "--size", "64x96", "--rounds", "3"]
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- the estimator, on a clock that says what the calls return ------------------------------------
@@ -151,7 +142,7 @@ def test_the_reference_of_a_backward_pass_is_the_reference() -> None:
 def test_targets_name_cases_and_contestants() -> None:
     keys = {(case.op, case.size, case.part, case.dtype) for case in operators.all_cases()}
     against = {"torchvision", "onnxruntime", "openvino", "F.conv2d", "detkit fp32"}
-    for target in load_tool("performance_page").targets():
+    for target in script("tools/performance_page.py").targets():
         assert (target["op"], target["size"], target["pass"], target["dtype"]) in keys
         assert target["against"] in against
         better = (1 if target["at_most"] else -1) * np.subtract(target["floor"], target["goal"])
@@ -344,13 +335,13 @@ def test_bench_train_splits_a_step() -> None:
 
 
 def test_the_page_shows_the_committed_numbers() -> None:
-    page = load_tool("performance_page")
+    page = script("tools/performance_page.py")
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.render(text) == text, "run tools/performance_page.py"
 
 
 def test_a_verdict_reads_both_kinds_of_target() -> None:
-    verdict = load_tool("performance_page").verdict
+    verdict = script("tools/performance_page.py").verdict
     limits = {"floor": 2, "goal": 4}
     assert [verdict(r, False, limits) for r in (1.9, 2, 4)] == ["missed", "floor met", "goal met"]
     limits = {"floor": 1.2, "goal": 1.05}

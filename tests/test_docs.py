@@ -7,22 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from doc_pages import PAGES, ROOT, anchors, links
+from scripts import script
 
 from detkit.config import recipe_path, recipes
 
 DOCS = ROOT / "docs"
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -54,7 +46,8 @@ def test_pages_that_code_and_recipes_name_exist() -> None:
 @pytest.mark.parametrize("name", ["cli", "settings", "recipes"])
 def test_what_the_program_knows_is_up_to_date(name: str) -> None:
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    assert text == tool("reference_pages").page(name), "run `python tools/reference_pages.py`"
+    page = script("tools/reference_pages.py").page(name)
+    assert text == page, "run `python tools/reference_pages.py`"
 
 
 def test_every_recipe_and_setting_has_its_row() -> None:
@@ -70,7 +63,7 @@ def test_every_recipe_and_setting_has_its_row() -> None:
 
 
 def test_pictures_are_as_drawn() -> None:
-    module = tool("draw_pictures")
+    module = script("tools/draw_pictures.py")
     assert {p.stem for p in (DOCS / "pictures").glob("*.svg")} == set(module.PICTURES)
     for name, draw in module.PICTURES.items():
         text = (DOCS / f"pictures/{name}.svg").read_text(encoding="utf-8")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from scripts import script
 from torch import nn
 
 import detkit
@@ -24,32 +23,24 @@ from detkit.scales import GlobalScaleConv2d
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def test_own_backbone_learns_under_one_head() -> None:
-    losses = example("own_backbone").main("retinanet", 6)
+    losses = script("examples/own_backbone.py").main("retinanet", 6)
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("detector", sorted(DETECTORS.keys() - {"retinanet"}))
 def test_own_backbone_runs_under_every_head(detector: str) -> None:
-    (loss,) = example("own_backbone").main(detector, 1)
+    (loss,) = script("examples/own_backbone.py").main(detector, 1)
     assert 0 < loss < 100
 
 
 def test_scales_grow_across_and_leave_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = example("scales_in_any_model").main(60)
+    plain = script("examples/scales_in_any_model.py").main(60)
     first = capsys.readouterr().out.splitlines()[0]
     down, across = (float(v) for v in first.split("scale ")[1].split(" becomes")[0].split(" x "))
     assert across > 1.3 > down
@@ -61,7 +52,7 @@ def test_scales_grow_across_and_leave_plain_pytorch(capsys: pytest.CaptureFixtur
 
 
 def test_own_dataset_trains_a_detector_that_predicts() -> None:
-    module = example("own_dataset")
+    module = script("examples/own_dataset.py")
     best = module.main(3, "run")
     model = detkit.load(best)
     assert model.categories.names == ("upright", "lying")

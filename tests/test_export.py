@@ -23,6 +23,7 @@ import pytest
 import torch
 from detectors import ONE_STAGE
 from PIL import Image
+from scripts import script
 from torch import Tensor, nn
 
 from detkit import api
@@ -603,12 +604,7 @@ EXAMPLE = ROOT / "examples/onnx_detect.py"
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("onnx_detect", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("examples/onnx_detect.py")
 
 
 def test_the_example_needs_neither_detkit_nor_pytorch() -> None:

@@ -219,10 +219,17 @@ def test_training_command_is_exit_2_with_one_sentence(
 
 
 def faults() -> int:
-    """A block of 64 MiB is 16,384 pages; had anew, each would be a fault."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    """Of a block of 64 MiB, 16,384 pages, each of them a fault where it is had anew.
+
+    The least of several turns, since small blocks in between can take the place of the first.
+    """
+
+    def once() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    return min(once() for _ in range(8))
 
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
@@ -232,7 +239,6 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="need
 def test_freed_memory_is_there_for_the_next() -> None:
     try:
         assert reuse_freed_memory()
-        faults()
         assert faults() < 1000
     finally:
         assert not reuse_freed_memory(False)
@@ -246,7 +252,6 @@ def test_detection_reuses_freed_memory(detect: Callable[[str], object]) -> None:
     try:
         with pytest.raises(DetkitError):
             detect("none.pth")
-        faults()
         assert faults() < 1000
     finally:
         reuse_freed_memory(False)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from supernet_keys import block_of
 from torch import Tensor, nn
 
 from detkit.config import Config, resolve
@@ -220,14 +221,6 @@ def test_a_path_must_be_set_and_is_of_the_space() -> None:
     assert find_supernet(model) is supernet
     with pytest.raises(ValueError, match="must hold one supernet, got 0"):
         find_supernet(shuffle_net(TINY, A))
-
-
-def block_of(key: str) -> tuple[int, int, int] | None:
-    parts = key.split(".")
-    stage = next((i for i, part in enumerate(parts) if part.startswith("stage")), None)
-    if stage is None:
-        return None
-    return int(parts[stage][5:]), int(parts[stage + 1]), int(parts[stage + 2])
 
 
 @pytest.mark.parametrize("norm", ["bn", "sync_bn"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from data_sets import box, image, write_coco
+from supernet_keys import block_of
 from torch import Tensor
 
 from detkit import api, supernet
@@ -57,15 +58,6 @@ def batches(start: int) -> Iterator[list[ClassificationBatch]]:
         images = torch.randn(4, 3, 32, 32, generator=own)
         yield [ClassificationBatch(images, torch.arange(4), [f"{step}"] * 4)]
         step += 1
-
-
-def block_of(key: str) -> tuple[int, int, int] | None:
-    """Stage, index and gene of the block that a weight belongs to."""
-    parts = key.split(".")
-    stage = next((i for i, part in enumerate(parts) if part.startswith("stage")), None)
-    if stage is None:
-        return None
-    return int(parts[stage][5:]), int(parts[stage + 1]), int(parts[stage + 2])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Writes what docs/cli.md, settings.md and recipes.md take from the program.
 
 Run it as `python tools/reference_pages.py`. Commands come from click, settings from the dataclasses
-of detkit/config.py, recipes from their first lines. Each page keeps its own words; what stands
+of detkit/config/, recipes from their first lines. Each page keeps its own words; what stands
 between its markers `<!-- name -->` and `<!-- end -->` is replaced.
 """
 

@@ -60,6 +60,32 @@ def _case(
     return Case(op, size, part, dtype, calls, gflop=work, reference=part != "backward")
 
 
+def _cases(
+    op: str,
+    size: str,
+    gflop: Callable[[Shape], float],
+    calls: Callable[[Setting, Shape, str, Pass], dict[str, Call]],
+) -> list[Case]:
+    """One operator on every shape, in the passes and dtypes that it is trained and run in."""
+    rows: tuple[tuple[str, Pass], ...] = (
+        ("fp32", "forward"),
+        ("fp32", "forward+backward"),
+        ("bf16", "forward"),
+    )
+    return [
+        _case(
+            op,
+            f"{_name(shape)} {size}",
+            part,
+            dtype,
+            gflop(shape),
+            lambda s, a=(shape, dtype, part): calls(s, *a),  # type: ignore[misc]
+        )
+        for shape in SHAPES
+        for dtype, part in rows
+    ]
+
+
 def dilated_cases() -> list[Case]:
     """Against torch's own convolution: oneDNN on the CPU, cuDNN on CUDA."""
     cases = []
@@ -99,25 +125,7 @@ def _dilated(
 
 def scaled_cases() -> list[Case]:
     """Against deformable convolutions whose offsets make one scale, and a plain one at d = 2."""
-    cases = []
-    rows: tuple[tuple[str, Pass], ...] = (
-        ("fp32", "forward"),
-        ("fp32", "forward+backward"),
-        ("bf16", "forward"),
-    )
-    for shape in SHAPES:
-        for dtype, part in rows:
-            cases.append(
-                _case(
-                    "scaled_conv2d",
-                    f"{_name(shape)} d=2.37,1.61",
-                    part,
-                    dtype,
-                    _gflop(shape, *SCALE),
-                    lambda s, a=(shape, dtype, part): _scaled(s, *a),  # type: ignore[misc]
-                )
-            )
-    return cases
+    return _cases("scaled_conv2d", "d=2.37,1.61", lambda shape: _gflop(shape, *SCALE), _scaled)
 
 
 def _scaled(setting: Setting, shape: Shape, dtype: str, part: Pass) -> dict[str, Call]:
@@ -178,25 +186,11 @@ def _deformable_peers(setting: Setting, x: Tensor, weight: Tensor) -> dict[str, 
 
 def split_cases() -> list[Case]:
     """Half the channels at d = 1 and half at 2, against one plain convolution of all at d = 2."""
-    cases = []
-    rows: tuple[tuple[str, Pass], ...] = (
-        ("fp32", "forward"),
-        ("fp32", "forward+backward"),
-        ("bf16", "forward"),
-    )
-    for shape in SHAPES:
-        for dtype, part in rows:
-            cases.append(
-                _case(
-                    "split_conv2d",
-                    f"{_name(shape)} d=1 and 2",
-                    part,
-                    dtype,
-                    (_gflop(shape, 1, 1) + _gflop(shape, 2, 2)) / 2,
-                    lambda s, a=(shape, dtype, part): _split(s, *a),  # type: ignore[misc]
-                )
-            )
-    return cases
+
+    def gflop(shape: Shape) -> float:
+        return (_gflop(shape, 1, 1) + _gflop(shape, 2, 2)) / 2
+
+    return _cases("split_conv2d", "d=1 and 2", gflop, _split)
 
 
 def _split(setting: Setting, shape: Shape, dtype: str, part: Pass) -> dict[str, Call]:

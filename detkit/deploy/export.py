@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from detkit.deploy import metadata
 from detkit.deploy.dense import DenseDetector
 from detkit.deploy.fold import fold
 from detkit.deploy.onnx_ops import translations
-from detkit.errors import ConfigError, StorageError
+from detkit.errors import ConfigError
 from detkit.scales import to_plain
 
 INPUTS = ("images", "sizes")
@@ -75,21 +73,6 @@ def to_onnx(
     onnx.checker.check_model(made)
     content: bytes = made.SerializeToString()
     return content
-
-
-def write(content: bytes, path: Path) -> None:
-    """Put ``content`` at ``path`` in one step, so that no half of it is ever there.
-
-    Raises:
-        StorageError: The disk refuses.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
 
 
 def _traced(dense: DenseDetector, opset: int, size: tuple[int, int] | None) -> Any:

@@ -16,7 +16,8 @@ from typing import Any
 
 from detkit.config import Config, from_plain, read_toml, write_toml
 from detkit.engine.tensorboard import Board
-from detkit.errors import ConfigError, DataError, StorageError
+from detkit.errors import ConfigError, DataError
+from detkit.storage import writing
 
 _TIME = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(\d{8}-\d{6})-.+")
@@ -64,14 +65,14 @@ class RunFolder:
         """Add one JSON line to ``metrics.jsonl``; raises StorageError when the disk refuses."""
         if self._board is not None:
             self._board.write(line)
-        with _storage(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last line cut off by a crash is left out."""
         if not self.metrics.is_file():
             return []
-        with _storage(self.metrics):
+        with writing(self.metrics):
             text = self.metrics.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
         return [self._parse(i, line) for i, line in enumerate(complete.splitlines(), 1)]
@@ -94,14 +95,14 @@ class RunFolder:
         lines = self.read_metrics()
         kept = [line for line in lines if line["step"] <= limits.get(line["kind"], step)]
         if self.metrics.is_file():
-            with _storage(self.metrics):
+            with writing(self.metrics):
                 self.metrics.write_text(
                     "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
                 )
 
     def remove_leftovers(self) -> None:
         """Delete temporary checkpoint files of a process that was killed while writing."""
-        with _storage(self.path):
+        with writing(self.path):
             for path in self.path.glob(".*.pth.*.tmp"):
                 path.unlink(missing_ok=True)
 
@@ -119,7 +120,7 @@ class RunFolder:
     def logging(self) -> Iterator[None]:
         """Append everything detkit logs meanwhile to ``log.txt``."""
         logger = logging.getLogger("detkit")
-        with _storage(self.log):
+        with writing(self.log):
             handler = logging.FileHandler(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         level = logger.level
@@ -164,13 +165,13 @@ def create_run(
     if out is not None:
         path = Path(out)
         check_new(path)
-        with _storage(path):
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
     else:
         stamp = (now or datetime.now()).strftime(_TIME)
         path = _new_folder(Path(root) / command, f"{stamp}-{_slug(name)}")
     run = RunFolder(path)
-    with _storage(path):
+    with writing(path):
         for old in (run.metrics, run.log):
             old.unlink(missing_ok=True)
         write_toml(config, run.config_path)
@@ -179,7 +180,7 @@ def create_run(
 
 def _new_folder(parent: Path, name: str) -> Path:
     """Make ``parent/name``, or ``name-2``, ``name-3``, … where runs start in the same second."""
-    with _storage(parent / name):
+    with writing(parent / name):
         for attempt in range(1, 10_000):
             path = parent / (name if attempt == 1 else f"{name}-{attempt}")
             try:
@@ -203,7 +204,7 @@ def check_new(out: str | Path) -> None:
         raise ConfigError(f"--out {path}: must be a folder, got a file")
     if not path.exists():
         return
-    with _storage(path):
+    with writing(path):
         names = {entry.name for entry in path.iterdir()}
     run = RunFolder(path)
     if run.is_run and run.checkpoint() is not None:
@@ -254,11 +255,3 @@ def resumable_run(
         return same_run(command, config, root=root)
     run = RunFolder(out)
     return run if run.is_run and run.last.is_file() else None
-
-
-@contextlib.contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path}: must be writable, got {error.strerror or error}") from error

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from detkit.errors import ConfigError, StorageError
+from detkit.errors import ConfigError
+from detkit.storage import writing
 
 FOLDER = "tensorboard"
 """Folder of the event files inside a run folder."""
@@ -35,10 +36,8 @@ class Board:
         require_tensorboard()
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-        try:
+        with writing(run / FOLDER):
             self._writer = SummaryWriter(run / FOLDER, purge_step=step + 1 if step else None)
-        except OSError as error:
-            raise StorageError(f"{run / FOLDER}: must be writable, got {error.strerror}") from error
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Write the numbers of a line of ``metrics.jsonl``."""

@@ -25,11 +25,11 @@ from detkit.errors import (
     DataError,
     DetkitError,
     NonFiniteError,
-    StorageError,
     VerificationError,
 )
 from detkit.models.search_space import Genes, SearchSpace
 from detkit.nas.work_queue import WorkQueue
+from detkit.storage import writing
 
 log = logging.getLogger("detkit")
 
@@ -142,16 +142,11 @@ class Journal:
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line that outlives a crash; raises StorageError when the disk refuses."""
         text = json.dumps(line, allow_nan=False) + "\n"
-        try:
-            with self.path.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(
-                f"{self.path}: must be writable, got {error.strerror or error}"
-            ) from error
+        with writing(self.path), self.path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
         """All lines; one cut off by a crash is removed from the file.

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detkit.errors import ConfigError, DataError, StorageError
+from detkit.errors import ConfigError, DataError
 from detkit.models.backbones.shuffle import ShuffleBlock, stem_layers
 from detkit.models.norm import norm_named
 from detkit.models.search_space import OPS, SearchSpace
+from detkit.storage import writing
 
 Clock = Callable[[Callable[[], object]], float]
 """Milliseconds that one call takes, work on the device included."""
@@ -58,10 +59,8 @@ class LatencyTable:
             "stem": self.stem,
             "blocks": [list(times) for times in self.blocks],
         }
-        try:
+        with writing(path):
             Path(path).write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{path}: must be writable, got {error.strerror}") from error
 
 
 def load_latency(path: str | Path, space: SearchSpace) -> LatencyTable:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detkit.engine.analysis import AREAS, THRESHOLDS
-from detkit.errors import ConfigError, StorageError
+from detkit.errors import ConfigError
+from detkit.storage import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,10 +83,8 @@ def draw_analysis(analyses: Mapping[str, Record], *, note: str = "") -> Figure:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write the figure in the format of the file's suffix; raises StorageError."""
-    try:
+    with writing(path):
         figure.savefig(path, dpi=150, facecolor="white")
-    except OSError as error:
-        raise StorageError(f"{path}: must be writable, got {error.strerror or error}") from error
 
 
 def _draw_panel(panel: Axes, lines: Mapping[str, Record]) -> None:
