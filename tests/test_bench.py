@@ -239,7 +239,7 @@ def test_bench_ops_gives_rows_and_saves_them(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["ops", "--only", "nsm"], "--only: must name operators of nms"),
+        (["ops", "--only", "nsm"], "--only: must be one of nms"),
         (["ops", "--threads", "0"], "--threads: must be positive numbers"),
         (["ops", "--recipe", "tiny/retinanet"], "bench ops: must stand without settings"),
         (["ops", "--out", "x"], "--out: must be left out here"),

@@ -15,6 +15,7 @@ from detkit.bench.conv_cases import dilated_cases, scaled_cases, split_cases
 from detkit.bench.machine import limits, machine
 from detkit.bench.peers import load_peers, versions
 from detkit.bench.timing import Call, compare, peak_mib
+from detkit.config.checks import one_of
 from detkit.errors import ConfigError
 from detkit.ops import _library
 
@@ -55,10 +56,8 @@ def bench_ops(
     Raises:
         ConfigError: An unknown operator, or operators that were not built.
     """
-    unknown = set(only) - set(_library.OPS)
-    if unknown:
-        known = ", ".join(_library.OPS)
-        raise ConfigError(f"--only: must name operators of {known}, got {', '.join(unknown)}")
+    for name in only:
+        one_of("--only", name, _library.OPS)
     place = torch.device(device)
     if not any(place.type in devices for devices in _library.KERNELS.values()):
         raise ConfigError(
